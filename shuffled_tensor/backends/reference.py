@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""The layer in plain torch, on any device and from any layout: what the other backends are measured against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shuffled_tensor import mxfp4
+from shuffled_tensor.moe import SWIGLU_LIMIT, MoECall
+
+
+def fused_moe(call: MoECall) -> Tensor:
+    """float32 throughout; one expert is dequantised at a time, and only those that received tokens.
+
+    With ``activation_dtype="mxfp4"``, what enters each of the two GEMMs is first rounded to MXFP4, and back, by the
+    scale rule.
+
+    Raises:
+        ValueError: expert ids out of range, or an ``expert_mask`` that does not mark as many experts as there are
+            weights.
+    """
+    rule = call.intermediate_scale_rule
+    taken_as_is = call.hidden_scale
+    hidden_states = (
+        mxfp4.dequantize(call.hidden_states, taken_as_is)
+        if taken_as_is is not None
+        else _round_trip(call.hidden_states.float(), rule)
+    )
+    ids = _local_ids(call)
+    weight = call.topk_weight.float()
+    out = hidden_states.new_zeros(len(hidden_states), call.hidden)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue  # another rank's
+        only = range(expert, expert + 1)
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        factor = weight[token, slot].unsqueeze(1)
+        gate_up = hidden_states[token] @ call.w13.dequantize(only, torch.float32)[0].T
+        if call.doweight_stage1:
+            gate_up *= factor
+        if call.w13_bias is not None:
+            gate_up += call.w13_bias[expert]
+        intermediate = _round_trip(_activate(call, *gate_up.chunk(2, dim=1)), rule)
+        down = intermediate @ call.w2.dequantize(only, torch.float32)[0].T
+        if call.w2_bias is not None:
+            down += call.w2_bias[expert]
+        out.index_add_(0, token, down if call.doweight_stage1 else down * factor)
+    return out.to(call.out_dtype)
+
+
+def _activate(call: MoECall, gate: Tensor, up: Tensor) -> Tensor:
+    limit = SWIGLU_LIMIT if call.swiglu_limit is None and call.activation == "swiglu" else call.swiglu_limit
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if call.activation == "swiglu":  # gpt-oss
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return (F.silu if call.activation == "silu" else F.gelu)(gate) * up
+
+
+def _round_trip(values: Tensor, rule: str | None) -> Tensor:
+    return values if rule is None else mxfp4.dequantize(*mxfp4.quantize(values, scale_rule=rule))
+
+
+def _local_ids(call: MoECall) -> Tensor:
+    """Indices into the weights at hand, -1 for experts of other ranks."""
+    ids, mask, experts = call.topk_ids.long(), call.expert_mask, len(call.w13_qdata)
+    known = experts if mask is None else len(mask)
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < known:
+        raise ValueError(f"topk_ids must be in 0..{known - 1}, found {ids.min().item()}..{ids.max().item()}")
+    if mask is None:
+        return ids
+    local = mask != 0
+    if local.sum() != experts:
+        raise ValueError(f"expert_mask marks {int(local.sum())} local experts, but the weights hold {experts}")
+    return torch.where(local, local.cumsum(0) - 1, -1)[ids]

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: MIT
+"""The tensor: a logical value, and the packed storage that holds it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from shuffled_tensor import mxfp4
+from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.storage import PackedStorage
+
+__all__ = ["OPERATIONS", "ShuffledMXFP4Tensor", "implements"]
+
+_CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
+_LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_ROW_ORDERS = ("contiguous", "interleaved")
+
+OPERATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""What each operator does to a :class:`ShuffledMXFP4Tensor`. An operator that is not a key raises "
+"NotImplementedError."""
+
+_Handler = TypeVar("_Handler", bound=Callable[..., Any])
+
+
+def implements(*operators: torch._ops.OpOverload) -> Callable[[_Handler], _Handler]:
+    """Register a function as the rows of :data:`OPERATIONS` for some operators; it is called with the operator's own
+    arguments."""
+
+    def register(handler: _Handler) -> _Handler:
+        OPERATIONS.update(dict.fromkeys(operators, handler))
+        return handler
+
+    return register
+
+
+class ShuffledMXFP4Tensor(Tensor):
+    """E experts of N x K numbers in MXFP4, whose bytes may lie in the order that a kernel wants.
+
+    The tensor *is* its logical value: shape ``[E, N, K]`` (or ``[N, K]``, one expert) and a floating-point dtype. In
+    which order the bytes lie is recorded beside the bytes, in a state that every alias of them shares, so that no
+    ``nn.Parameter``, ``detach`` or ``state_dict`` can part the two.
+
+    A packed weight never requires grad: ``requires_grad_`` leaves it as it is.
+
+    Args:
+        qdata: two fp4 codes a byte, the even column in the low nibble, row-major: uint8, int8 or float4_e2m1fn_x2 ``[E,
+            N, K/2]`` (or ``[N, K/2]``).
+        scale: e8m0 scales: uint8 or float8_e8m0fnu ``[E, N, K/32]`` (or ``[N, K/32]``).
+        gate_up: whether the rows are the gate and the up projection of one layer (w13), or a single one (w2).
+        row_order: how ``gate_up`` rows come: ``"contiguous"`` (all gate rows, then all up rows) or ``"interleaved"``
+            (g0, u0, g1, u1, ..., as in gpt-oss checkpoints). Required with ``gate_up``, because a wrong guess is
+            silent. Held as contiguous: the logical value has gate rows first.
+        shuffle_kind: fixes the kind to be shuffled into; None leaves that to the backend that first uses the tensor.
+        dtype: the logical dtype: bfloat16, float16, float32 or float64.
+
+    The constructor takes ownership of its tensors: a later shuffle rewrites their bytes. Where sizes are not multiples
+    of 256 it copies instead, into rows (each of gate and up) and columns padded with zero codes and scale 127; shape,
+    value and checksum never show the padding.
+
+    Raises:
+        TypeError: a dtype that is none of the above; float weights go through :meth:`from_hp`.
+        ValueError: a wrong rank, shapes that do not fit each other, K not a multiple of 32, tensors on different
+            devices, a missing or unknown ``row_order``, an unknown kind.
+    """
+
+    _storage: PackedStorage
+    _experts: range
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        *,
+        gate_up: bool,
+        row_order: str | None = None,
+        shuffle_kind: ShuffleKind | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> ShuffledMXFP4Tensor:
+        _check_parts(qdata, scale)
+        _check_row_order(gate_up, row_order, qdata.shape[-2])
+        check_logical_dtype(dtype)
+        target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
+        with torch.no_grad():
+            qdata, scale = (data.detach().view(torch.uint8) for data in (qdata, scale))
+            rank = qdata.dim()
+            if rank == 2:
+                qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
+            storage = PackedStorage.pack(
+                qdata, scale, gate_up=gate_up, interleaved=row_order == "interleaved", target=target
+            )
+        return cls._wrap(storage, range(len(qdata)), rank, dtype)
+
+    @classmethod
+    def from_hp(
+        cls,
+        weight: Tensor,
+        *,
+        gate_up: bool,
+        row_order: str | None = None,
+        shuffle_kind: ShuffleKind | str | None = None,
+        scale_rule: str = "even",
+    ) -> ShuffledMXFP4Tensor:
+        """Quantise a high-precision weight ``[E, N, K]`` (or ``[N, K]``), whose dtype becomes the logical dtype.
+
+        ``scale_rule`` is one of :data:`shuffled_tensor.mxfp4.SCALE_RULES`; the other arguments are the constructor's.
+
+        Raises:
+            TypeError: ``weight`` is not bfloat16, float16, float32 or float64.
+            ValueError: as for the constructor, or an unknown rule.
+        """
+        check_logical_dtype(weight.dtype)
+        if weight.dim() not in (2, 3):
+            raise ValueError(f"weight must be [experts, N, K] or [N, K], found shape {list(weight.shape)}")
+        with torch.no_grad():
+            qdata, scale = mxfp4.quantize(weight.detach(), scale_rule=scale_rule)
+        return cls(qdata, scale, gate_up=gate_up, row_order=row_order, shuffle_kind=shuffle_kind, dtype=weight.dtype)
+
+    @classmethod
+    def _wrap(cls, storage: PackedStorage, experts: range, rank: int, dtype: torch.dtype) -> ShuffledMXFP4Tensor:
+        """A tensor over some experts of a storage; rank 2 shows a single one."""
+        geometry = storage.geometry
+        shape = (len(experts), geometry.rows, geometry.columns)[-rank:]
+        # A view that inference_mode makes of a tensor from outside it could not share a version counter
+        # (pytorch#164872).
+        with torch.inference_mode(False), torch.no_grad():
+            self = torch.Tensor._make_wrapper_subclass(
+                cls, shape, dtype=dtype, device=storage.qdata.device, requires_grad=False
+            )  # type: ignore[attr-defined]
+        self._storage = storage
+        self._experts = experts
+        return self  # type: ignore[no-any-return]
+
+    def _like(
+        self,
+        storage: PackedStorage,
+        *,
+        experts: range | None = None,
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ShuffledMXFP4Tensor:
+        return self._wrap(
+            storage, range(len(storage.qdata)) if experts is None else experts, rank or self.dim(), dtype or self.dtype
+        )
+
+    @property
+    def qdata(self) -> Tensor:
+        """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
+        the storage."""
+        return self._part(self._storage.select(self._experts)[0])
+
+    @property
+    def scale(self) -> Tensor:
+        """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
+        the storage."""
+        return self._part(self._storage.select(self._experts)[1])
+
+    def _part(self, data: Tensor) -> Tensor:
+        return data[0] if self.dim() == 2 else data
+
+    @property
+    def gate_up(self) -> bool:
+        """Whether the rows are gate rows, then up rows."""
+        return self._storage.geometry.gate_up
+
+    @property
+    def shuffle_kind(self) -> ShuffleKind | None:
+        """The kind that the bytes are in, or will be shuffled into: None as long as nobody has decided."""
+        return self._storage.kind if self.is_shuffled else self._storage.target
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether the bytes lie in :attr:`shuffle_kind` now; else they are row-major."""
+        return self._storage.kind is not ShuffleKind.NONE
+
+    def shuffle_(self, kind: ShuffleKind | str | None = None) -> ShuffledMXFP4Tensor:
+        """Bring the bytes into ``kind`` (default: :attr:`shuffle_kind`), in place and at most once, for every alias of
+        them.
+
+        A tensor that was made for a fixed kind is from now on fixed to this one.
+
+        Raises:
+            ValueError: no kind was ever given, or it is unknown.
+        """
+        wanted = self.shuffle_kind if kind is None else ShuffleKind(kind)
+        if wanted is None:
+            raise ValueError(
+                "this tensor was made without a shuffle_kind, so shuffle_() must be told: shuffle_('mxfp4_moe') "
+                "or shuffle_('mxfp4_separated')"
+            )
+        self._storage.relayout_(wanted)
+        if self._storage.target is not None:
+            self._storage.target = wanted
+        return self
+
+    def unshuffle_(self) -> ShuffledMXFP4Tensor:
+        """Bring the bytes back into row-major order, in place, for every alias of them. A fixed kind stays fixed: the
+        next use shuffles again."""
+        self._storage.relayout_(ShuffleKind.NONE)
+        return self
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The logical value as a plain tensor, in the logical dtype unless another is given."""
+        values = self._storage.dequantize(self._experts, dtype or self.dtype)
+        return values[0] if self.dim() == 2 else values
+
+    def logical_checksum(self) -> str:
+        """SHA-256, in hex, of the logical codes and scales: equal in every layout, on every device and whatever the
+        padding."""
+        return self._storage.checksum(self._experts)
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShuffledMXFP4Tensor:
+        """Does nothing: packed codes have no gradient, and ``nn.Parameter`` asks for one by default."""
+        return self
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        kind = self.shuffle_kind
+        return (
+            f"ShuffledMXFP4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, gate_up={self.gate_up}, "
+            f"shuffle_kind={None if kind is None else kind.value!r}, is_shuffled={self.is_shuffled}, "
+            f"device='{self.device}')"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShuffledMXFP4Tensor:
+        # Through the storage, so that aliases copied together stay aliases; and with attributes such as weight_loader,
+        # as a plain tensor has them.
+        if id(self) not in memo:
+            memo[id(self)] = self._wrap(copy.deepcopy(self._storage, memo), self._experts, self.dim(), self.dtype)
+            memo[id(self)].__dict__.update(copy.deepcopy(self.user_attributes(), memo))
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The storage is an object of its own in the file, so that aliases saved together stay aliases.
+        return _rebuild, (
+            self._storage,
+            self._experts.start,
+            self._experts.stop,
+            self._experts.step,
+            self.dim(),
+            self.dtype,
+            self.user_attributes(),
+        )
+
+    def user_attributes(self) -> dict[str, Any]:
+        """What others have set on this object (``weight_loader``, ``_is_param``)."""
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_storage", "_experts", "_carried")
+        }
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        storage = self._storage
+        return ["qdata", "scale"], (storage.geometry, storage.kind, storage.target, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Sequence[int], outer_stride: Sequence[int]
+    ) -> ShuffledMXFP4Tensor:
+        geometry, kind, target, dtype = context
+        qdata, scale = inner["qdata"], inner["scale"]
+        rank = qdata.dim()
+        if rank == 2:
+            qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
+        return cls._wrap(PackedStorage(qdata, scale, geometry, kind, target), range(len(qdata)), rank, dtype)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = OPERATIONS.get(func)
+        if handler is None:
+            raise NotImplementedError(
+                f"{func} is not defined on ShuffledMXFP4Tensor, whose bytes are packed codes in an order of their own; "
+                f"call .dequantize() for a plain tensor of its values"
+            )
+        kwargs = kwargs or {}
+        out = handler(*args, **kwargs)
+        return return_and_correct_aliasing(func, args, kwargs, out) if isinstance(out, ShuffledMXFP4Tensor) else out
+
+
+def _rebuild(
+    storage: PackedStorage, start: int, stop: int, step: int, rank: int, dtype: torch.dtype, attributes: dict[str, Any]
+) -> ShuffledMXFP4Tensor:
+    self = ShuffledMXFP4Tensor._wrap(storage, range(start, stop, step), rank, dtype)
+    self.__dict__.update(attributes)
+    return self
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+
+def _check_parts(qdata: Tensor, scale: Tensor) -> None:
+    for name, data, dtypes, remedy in (
+        (
+            "qdata",
+            qdata,
+            _CODE_DTYPES,
+            "; quantise float weights with ShuffledMXFP4Tensor.from_hp" if qdata.is_floating_point() else "",
+        ),
+        ("scale", scale, _SCALE_DTYPES, "; e8m0 scales are exponent bytes, not factors"),
+    ):
+        if data.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, found {data.dtype}{remedy}")
+    if qdata.dim() not in (2, 3):
+        raise ValueError(
+            f"qdata must be [experts, N, K/2] or [N, K/2], found shape {list(qdata.shape)}; blocks [..., K/32, "
+            "16] become it with .flatten(-2)"
+        )
+    columns = qdata.shape[-1] * 2
+    if columns == 0 or columns % mxfp4.BLOCK:
+        raise ValueError(
+            f"K must be a multiple of {mxfp4.BLOCK}, found K={columns} (qdata of shape {list(qdata.shape)} holds "
+            "two columns a byte)"
+        )
+    expected = [*qdata.shape[:-1], columns // mxfp4.BLOCK]
+    if list(scale.shape) != expected:
+        raise ValueError(
+            f"scale must be {expected}, one for {mxfp4.BLOCK} columns of qdata {list(qdata.shape)}, found shape "
+            f"{list(scale.shape)}"
+        )
+    if qdata.device != scale.device:
+        raise ValueError(f"qdata and scale must be on one device, found {qdata.device} and {scale.device}")
+
+
+def _check_row_order(gate_up: bool, row_order: str | None, rows: int) -> None:
+    if gate_up:
+        if row_order not in _ROW_ORDERS:
+            raise ValueError(
+                "gate_up=True needs row_order='contiguous' (all gate rows, then all up rows: Quark, "
+                "compressed-tensors, DeepSeek) "
+                f"or 'interleaved' (g0, u0, g1, u1, ...: gpt-oss), found {row_order!r}"
+            )
+        if rows % 2:
+            raise ValueError(f"gate_up=True needs an even number of rows, half gate and half up, found N={rows}")
+    elif row_order not in (None, "contiguous"):
+        raise ValueError(
+            f"row_order={row_order!r} needs gate_up=True; a weight without gate and up rows takes None or 'contiguous'"
+        )
+
+
+def check_logical_dtype(dtype: torch.dtype) -> None:
+    """Raise TypeError for a dtype that a packed weight cannot claim to have."""
+    if dtype not in _LOGICAL_DTYPES:
+        raise TypeError(
+            f"the logical dtype must be {', '.join(str(dtype) for dtype in _LOGICAL_DTYPES)}, found {dtype}"
+        )
