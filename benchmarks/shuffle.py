@@ -88,10 +88,9 @@ def table(part: str, data: Tensor, shuffle: Callable[..., Tensor], device: str, 
     def row(name: str, run: Callable[[], object], against: float | None) -> float:
         time_ = clone if name == "clone" else seconds(run, device, repeats)
         ratio = f"{against / time_:13.2f}x" if against else f"{'':>14}"
-        print(
-            f"{name:34}{time_ * 1e3:9.3f}{2 * data.nbytes / time_ / 1e9:9.0f}{clone / time_:9.2f}x{ratio}{peak_extra_mib(run, device):16.1f}"
-            f"{name:34}{time_ * 1e3:9.3f}{2 * data.nbytes / time_ / 1e9:9.0f}{clone / time_:9.2f}x{ratio}{peak_extra_mib(run, device):16.1f}"
-        )
+        milliseconds, bandwidth = time_ * 1e3, 2 * data.nbytes / time_ / 1e9
+        extra = peak_extra_mib(run, device)
+        print(f"{name:34}{milliseconds:9.3f}{bandwidth:9.0f}{clone / time_:9.2f}x{ratio}{extra:16.1f}")
         return time_
 
     row("clone", data.clone, None)

@@ -164,8 +164,8 @@ def _permute(source: Tensor, target: Tensor, order: Order, inverse: bool) -> Non
     if source.dtype is torch.uint8 and source.device.type == "cpu":
         # The innermost axes of a scale are two by two: as one copy, a CPU spends its time entering loops; as four, it
         # is five times faster.
-        for innermost in product(range(2), repeat=2):
-            written[(..., *innermost)].copy_(read[(..., *innermost)])
+        for t, h in product(range(2), repeat=2):
+            written[..., t, h].copy_(read[..., t, h])
     else:
         written.copy_(read)
 

@@ -8,7 +8,6 @@ even column. A scale byte ``b`` is ``2**(b - 127)``; 255 is NaN, and makes its w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -21,6 +20,8 @@ BLOCK = 32
 """Elements that share one scale."""
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_VALUES = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
+_BYTE_VALUES = [[_VALUES[byte & 15], _VALUES[byte >> 4]] for byte in range(256)]
 
 # A value between two magnitudes goes to the nearer one, and from the midpoint to the even code. `bucketize` sends an
 # exact boundary down, so where the even code is the upper one the boundary is the float32 just below the midpoint.
@@ -91,10 +92,8 @@ def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     infinity. -0 stays -0.
     """
     compute = torch.float64 if dtype is torch.float64 else torch.float32
-    both_codes = torch.tensor(
-        [[_code_value(byte & 15), _code_value(byte >> 4)] for byte in range(256)], dtype=compute, device=qdata.device
-    )
-    blocks = torch.nn.functional.embedding(qdata.int(), both_codes).flatten(-2).unflatten(-1, (-1, BLOCK))
+    both_codes = torch.tensor(_BYTE_VALUES, dtype=compute, device=qdata.device)
+    blocks: Tensor = torch.nn.functional.embedding(qdata.int(), both_codes).flatten(-2).unflatten(-1, (-1, BLOCK))
     return (blocks * e8m0_to_float(scale).to(compute).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
@@ -108,7 +107,3 @@ def e8m0_to_float(scale: Tensor) -> Tensor:
 
 def _bits(amax: Tensor) -> Tensor:
     return amax.view(torch.int32)
-
-
-def _code_value(code: int) -> float:
-    return math.copysign(_MAGNITUDES[code & 7], -1.0 if code & 8 else 1.0)

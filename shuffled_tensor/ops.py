@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import backends
-from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.moe import MoECall
 from shuffled_tensor.tensor import ShuffledMXFP4Tensor, implements
 
@@ -122,12 +121,9 @@ def _lower(
     *options: Any,
 ) -> Tensor:
     w13, w2 = _check_weights(w13, w2)
-    width = hidden_states.shape[-1] * (1 if hidden_scale is None else 2)
-    if width != w13.shape[2]:
-        raise ValueError(
-            f"hidden_states must have the {w13.shape[2]} columns of w13, found {width} (shape "
-            f"{list(hidden_states.shape)})"
-        )
+    columns = w13.shape[2] if hidden_scale is None else w13.shape[2] // 2
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != columns:
+        raise ValueError(f"hidden_states must be [tokens, {columns}] for this w13, found {list(hidden_states.shape)}")
     if out_dtype is None:
         out_dtype = hidden_states.dtype if hidden_scale is None else w13.dtype
     return torch.ops.shuffled_tensor.fused_moe_packed(  # type: ignore[no-any-return]
@@ -138,18 +134,14 @@ def _lower(
         w2.scale,
         topk_weight,
         topk_ids,
-        _layout(w13),
-        _layout(w2),
+        w13._storage.kind.value,
+        w2._storage.kind.value,
         w2.shape[2],
         out_dtype,
         backends.select(backend),
         hidden_scale,
         *options,
     )
-
-
-def _layout(weight: ShuffledMXFP4Tensor) -> str:
-    return (weight.shuffle_kind if weight.is_shuffled else ShuffleKind.NONE).value  # type: ignore[union-attr]
 
 
 def _check_weights(w13: Tensor, w2: Tensor) -> tuple[ShuffledMXFP4Tensor, ShuffledMXFP4Tensor]:

@@ -58,7 +58,8 @@ class Geometry:
         """The logical part of row-major padded codes or scales ``[E, padded_rows, bytes]``: a view ``[E, halves, rows /
         halves, logical bytes]``."""
         logical_bytes = self.columns * packed.shape[-1] // self.padded_columns
-        return packed.unflatten(1, (self.halves, -1))[:, :, : self.rows // self.halves, :logical_bytes]
+        halves: Tensor = packed.unflatten(1, (self.halves, -1))
+        return halves[:, :, : self.rows // self.halves, :logical_bytes]
 
     def pad(self, logical: Tensor, fill: int, *, interleaved: bool = False) -> Tensor:
         """Codes or scales ``[E, rows, bytes]`` in a new, row-major ``[E, padded_rows, padded bytes]``; ``interleaved``
@@ -128,7 +129,8 @@ class PackedStorage:
         return PackedStorage(qdata, scale, self.geometry, self.kind, self.target)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedStorage:
-        return memo.setdefault(id(self), self.with_bytes(self.qdata.clone(), self.scale.clone()))
+        copied = memo[id(self)] = self.with_bytes(self.qdata.clone(), self.scale.clone())
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is written is canonical and without padding, whatever the layout in memory: a file does not depend on a

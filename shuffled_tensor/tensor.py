@@ -72,6 +72,7 @@ class ShuffledMXFP4Tensor(Tensor):
 
     _storage: PackedStorage
     _experts: range
+    _carried: dict[str, Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -134,10 +135,10 @@ class ShuffledMXFP4Tensor(Tensor):
         with torch.inference_mode(False), torch.no_grad():
             self = torch.Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dtype, device=storage.qdata.device, requires_grad=False
-            )  # type: ignore[attr-defined]
+            )
         self._storage = storage
         self._experts = experts
-        return self  # type: ignore[no-any-return]
+        return self
 
     def _like(
         self,
@@ -202,12 +203,14 @@ class ShuffledMXFP4Tensor(Tensor):
         return self
 
     def unshuffle_(self) -> ShuffledMXFP4Tensor:
-        """Bring the bytes back into row-major order, in place, for every alias of them. A fixed kind stays fixed: the
-        next use shuffles again."""
+        """Bring the bytes back into row-major order, in place, for every alias of them.
+
+        A fixed kind stays fixed: the next use shuffles again.
+        """
         self._storage.relayout_(ShuffleKind.NONE)
         return self
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The logical value as a plain tensor, in the logical dtype unless another is given."""
         values = self._storage.dequantize(self._experts, dtype or self.dtype)
         return values[0] if self.dim() == 2 else values
@@ -271,7 +274,7 @@ class ShuffledMXFP4Tensor(Tensor):
         return cls._wrap(PackedStorage(qdata, scale, geometry, kind, target), range(len(qdata)), rank, dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = OPERATIONS.get(func)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: MIT
+"""The layer, judged by dense float64 arithmetic and by the output of AMD's gfx950 machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind, fused_moe
+from shuffled_tensor.mxfp4 import dequantize, quantize
+
+from .helpers import coded, cosine, dense, dense_moe, moderate_scales, relative_error
+
+GOLDEN = Path(__file__).parent / "data" / "fmoe_silu_gfx950.safetensors"
+KINDS = ("mxfp4_moe", "mxfp4_separated")
+
+
+def golden_weights(golden: dict[str, Tensor]) -> tuple[ShuffledMXFP4Tensor, ShuffledMXFP4Tensor]:
+    w13 = ShuffledMXFP4Tensor(golden["w13"], golden["w13_scale"], gate_up=True, row_order="contiguous")
+    return w13, ShuffledMXFP4Tensor(golden["w2"], golden["w2_scale"], gate_up=False)
+
+
+def golden_output(golden: dict[str, Tensor], w13: Tensor, w2: Tensor, **options: Any) -> Tensor:
+    options = {"activation_dtype": "mxfp4", "scale_rule": "amax4", "hidden_scale": golden["x_scale"]} | options
+    return fused_moe(golden["x"], w13, w2, golden["topk_weight"], golden["topk_ids"], **options)
+
+
+@pytest.mark.parametrize("w13_kind", [None, *KINDS])
+@pytest.mark.parametrize("w2_kind", [None, *KINDS])
+def test_amds_machine_code(w13_kind: str | None, w2_kind: str | None) -> None:
+    golden = load_file(GOLDEN)
+    w13, w2 = golden_weights(golden)
+    for weight, kind in ((w13, w13_kind), (w2, w2_kind)):
+        if kind is not None:
+            weight.shuffle_(kind)
+    out = golden_output(golden, w13, w2)
+    assert out.dtype is torch.bfloat16
+    assert cosine(out, golden["out"]) >= 0.99999
+
+
+def test_amds_machine_code_tells_the_definitions_apart() -> None:
+    golden = load_file(GOLDEN)
+    w13, w2 = golden_weights(golden)
+    assert cosine(golden_output(golden, w13, w2, activation_dtype=None, scale_rule=None), golden["out"]) < 0.995
+    assert cosine(golden_output(golden, w13, w2, scale_rule="even"), golden["out"]) < 0.999
+
+
+def test_unshuffled_bytes_taken_for_shuffled_ones_are_garbage() -> None:
+    """The bug that this library exists to prevent, made by hand: a tag over bytes that it does not describe."""
+    golden = load_file(GOLDEN)
+    for mistaken in ("w13", "w2"):
+        w13, w2 = golden_weights({name: data.clone() for name, data in golden.items()})
+        lying = {"w13": w13, "w2": w2}[mistaken]
+        (w2 if lying is w13 else w13).shuffle_("mxfp4_separated")
+        lying._storage.kind = ShuffleKind.MXFP4_SEPARATED
+        assert cosine(golden_output(golden, w13, w2), golden["out"]) < 0.5
+
+
+KINDS_OR_NONE = st.sampled_from([None, *KINDS])
+
+
+@st.composite
+def layers(draw: Any) -> dict[str, Any]:
+    """A random layer as plain bytes, tokens routed to it, and what is asked of it."""
+    experts, intermediate, hidden = (
+        draw(st.integers(1, 4)),
+        32 * draw(st.integers(1, 10)),
+        32 * draw(st.integers(1, 10)),
+    )
+    tokens, topk, ranks = draw(st.integers(0, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    masked, biased = draw(st.booleans()), draw(st.booleans())
+    known = experts * ranks if masked else experts
+    mask = None
+    if masked:
+        mask = torch.zeros(known, dtype=torch.int32)
+        mask[torch.randperm(known, generator=generator)[:experts]] = 1
+    randn: Callable[..., Tensor] = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {
+        "w13": (
+            coded(experts, 2 * intermediate, hidden // 2),
+            moderate_scales(experts, 2 * intermediate, hidden // 32) - 6,
+        ),
+        "w2": (coded(experts, hidden, intermediate // 2, salt=5), moderate_scales(experts, hidden, intermediate // 32)),
+        "hidden_states": randn(tokens, hidden),
+        "topk_weight": torch.rand(tokens, topk, generator=generator),
+        "topk_ids": torch.randint(
+            known, (tokens, topk), generator=generator, dtype=draw(st.sampled_from([torch.int32, torch.int64]))
+        ),
+        "kinds": (draw(KINDS_OR_NONE), draw(KINDS_OR_NONE)),
+        "options": {
+            "activation": draw(st.sampled_from(["silu", "gelu", "swiglu"])),
+            "w13_bias": randn(experts, 2 * intermediate) if biased else None,
+            "w2_bias": randn(experts, hidden) if biased else None,
+            "expert_mask": mask,
+            "doweight_stage1": draw(st.booleans()),
+            "swiglu_limit": draw(st.sampled_from([None, 0.5, 3.0])),
+        },
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(layer=layers())
+def test_dense_float64(layer: dict[str, Any]) -> None:
+    expected = dense_moe(
+        layer["hidden_states"],
+        dense(*layer["w13"]),
+        dense(*layer["w2"]),
+        layer["topk_weight"],
+        layer["topk_ids"],
+        **layer["options"],
+    )
+    w13 = ShuffledMXFP4Tensor(*layer["w13"], gate_up=True, row_order="contiguous")
+    w2 = ShuffledMXFP4Tensor(*layer["w2"], gate_up=False)
+    for weight, kind in zip((w13, w2), layer["kinds"], strict=True):
+        if kind is not None:
+            weight.shuffle_(kind)
+    out = fused_moe(layer["hidden_states"], w13, w2, layer["topk_weight"], layer["topk_ids"], **layer["options"])
+    assert out.dtype is torch.float32
+    assert out.shape == expected.shape
+    assert relative_error(out, expected) <= 1e-5 or not expected.any()
+
+
+def small_layer() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(4, 64, generator=generator),
+        "w13": ShuffledMXFP4Tensor(coded(3, 128, 32), moderate_scales(3, 128, 2), gate_up=True, row_order="contiguous"),
+        "w2": ShuffledMXFP4Tensor(coded(3, 64, 32, salt=1), moderate_scales(3, 64, 2), gate_up=False),
+        "topk_weight": torch.rand(4, 2, generator=generator),
+        "topk_ids": torch.randint(3, (4, 2), generator=generator, dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("rule", ["floor", "even", "round_up", "amax4"])
+def test_quantised_activations_by_definition(rule: str) -> None:
+    """Both roundings, done here by hand around float64 GEMMs."""
+    layer = small_layer()
+    w13, w2 = (layer[name].dequantize(torch.float64) for name in ("w13", "w2"))
+    x = dequantize(*quantize(layer["hidden_states"], scale_rule=rule), torch.float64)
+    expected = torch.zeros(4, 64, dtype=torch.float64)
+    for token in range(4):
+        for slot in range(2):
+            expert = int(layer["topk_ids"][token, slot])
+            gate, up = (w13[expert] @ x[token]).chunk(2)
+            middle = dequantize(*quantize(gate * torch.sigmoid(gate) * up, scale_rule=rule), torch.float64)
+            expected[token] += layer["topk_weight"][token, slot] * (w2[expert] @ middle)
+    out = fused_moe(**layer, activation_dtype="mxfp4", scale_rule=rule)
+    assert relative_error(out, expected) <= 1e-5
+    if rule == "even":
+        assert torch.equal(fused_moe(**layer, activation_dtype="mxfp4"), out)
+    else:
+        assert not torch.equal(fused_moe(**layer, activation_dtype="mxfp4", scale_rule="even"), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes_of_the_result(dtype: torch.dtype) -> None:
+    layer = small_layer()
+    layer["hidden_states"] = layer["hidden_states"].to(dtype)
+    assert fused_moe(**layer).dtype is dtype
+    assert fused_moe(**layer, out_dtype=torch.float16).dtype is torch.float16
+    qdata, scale = quantize(layer["hidden_states"])
+    packed = fused_moe(**(layer | {"hidden_states": qdata}), hidden_scale=scale, out_dtype=torch.float32)
+    values = fused_moe(**(layer | {"hidden_states": dequantize(qdata, scale)}))
+    assert torch.equal(packed, values)
+    assert fused_moe(**(layer | {"hidden_states": qdata}), hidden_scale=scale).dtype is layer["w13"].dtype
+
+
+def test_only_experts_with_tokens_are_dequantised() -> None:
+    """An expert whose scales are NaN spoils nothing as long as nobody routes to it."""
+    layer = small_layer()
+    layer["w13"].scale[1] = 255
+    layer["topk_ids"] = torch.tensor([[0, 2], [2, 0], [0, 0], [2, 2]])
+    assert fused_moe(**layer).isfinite().all()
+    layer["topk_ids"][2, 1] = 1
+    assert fused_moe(**layer).isfinite().all(dim=1).tolist() == [True, True, False, True]
+
+
+def test_experts_of_a_larger_weight() -> None:
+    layer = small_layer()
+    layer["w13"].shuffle_("mxfp4_moe")
+    part = layer | {"w13": layer["w13"][1:], "w2": layer["w2"][1:], "topk_ids": layer["topk_ids"] % 2}
+    whole = layer | {"topk_ids": layer["topk_ids"] % 2 + 1}
+    assert torch.equal(fused_moe(**part), fused_moe(**whole))
+
+
+def test_no_gradient() -> None:
+    layer = small_layer()
+    layer["hidden_states"].requires_grad_()
+    with pytest.raises(RuntimeError, match="fused_moe has no gradient"):
+        fused_moe(**layer).sum().backward()
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_torchs_own_checks_of_the_operators(kind: str | None) -> None:
+    layer = small_layer()
+    if kind is not None:
+        layer["w13"].shuffle_(kind)
+        layer["w2"].shuffle_(kind)
+    torch.library.opcheck(torch.ops.shuffled_tensor.fused_moe.default, tuple(layer.values()))
+    w13, w2 = layer["w13"], layer["w2"]
+    packed = (layer["hidden_states"], w13.qdata, w13.scale, w2.qdata, w2.scale, layer["topk_weight"], layer["topk_ids"])
+    kinds = (kind or "none", kind or "none")
+    torch.library.opcheck(
+        torch.ops.shuffled_tensor.fused_moe_packed.default, (*packed, *kinds, 64, torch.float32, "reference")
+    )
+
+
+def test_bad_input() -> None:
+    layer = small_layer()
+    x, w13, w2, ids = layer["hidden_states"], layer["w13"], layer["w2"], layer["topk_ids"]
+    packed_x, x_scale = quantize(x)
+    other = ShuffledMXFP4Tensor(coded(2, 64, 32), moderate_scales(2, 64, 2), gate_up=False)
+    wide = ShuffledMXFP4Tensor(coded(3, 64, 64), moderate_scales(3, 64, 4), gate_up=False)
+    changes: dict[str, dict[str, Any]] = {
+        "plain w13": {"w13": w13.dequantize()},
+        "both plain": {"w13": w13.dequantize(), "w2": w2.dequantize()},
+        "plain w2": {"w2": w2.qdata},
+        "one expert": {"w13": w13[0]},
+        "exchanged": {"w13": w2, "w2": w13},
+        "experts": {"w2": other},
+        "intermediate": {"w2": wide},
+        "hidden size": {"hidden_states": x[:, :32]},
+        "hidden rank": {"hidden_states": x[0]},
+        "hidden dtype": {"hidden_states": x.double()},
+        "packed without scale": {"hidden_states": x.to(torch.uint8)},
+        "float with scale": {"hidden_states": x[:, :32], "hidden_scale": x_scale},
+        "scale shape": {"hidden_states": packed_x, "hidden_scale": x_scale[:2]},
+        "float ids": {"topk_ids": ids.float()},
+        "ids rank": {"topk_ids": ids[:, 0]},
+        "ids tokens": {"topk_ids": ids[:3]},
+        "ids too large": {"topk_ids": ids + 1},
+        "ids negative": {"topk_ids": ids - 1},
+        "weight shape": {"topk_weight": layer["topk_weight"][:, :1]},
+        "weight dtype": {"topk_weight": ids},
+        "bias shape": {"w13_bias": torch.zeros(3, 64)},
+        "bias dtype": {"w2_bias": torch.zeros(3, 64, dtype=torch.int32)},
+        "mask dtype": {"expert_mask": torch.ones(3, dtype=torch.bool)},
+        "mask length": {"expert_mask": torch.ones(2, dtype=torch.int32)},
+        "mask sum": {"expert_mask": torch.ones(4, dtype=torch.int32)},
+        "activation": {"activation": "relu"},
+        "activation dtype": {"activation_dtype": "fp8"},
+        "scale rule": {"activation_dtype": "mxfp4", "scale_rule": "ceil"},
+        "scale rule alone": {"scale_rule": "even"},
+        "limit": {"swiglu_limit": 0.0},
+        "out dtype": {"out_dtype": torch.int8},
+        "backend": {"backend": "cuda"},
+        "device": {"topk_weight": layer["topk_weight"].to("meta")},
+    }
+    lines = []
+    for name, change in changes.items():
+        with pytest.raises((TypeError, ValueError)) as error:
+            fused_moe(**(layer | change))
+        lines.append(f"{name}: {error.type.__name__}: {error.value}")
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+plain w13: TypeError: w13 must be a ShuffledMXFP4Tensor, found Tensor of torch.bfloat16; wrap packed bytes, or use from_hp
+both plain: TypeError: w13 must be a ShuffledMXFP4Tensor, found Tensor of torch.bfloat16; wrap packed bytes, or use from_hp
+plain w2: TypeError: w2 must be a ShuffledMXFP4Tensor, found Tensor of torch.uint8; wrap packed bytes, or use from_hp
+one expert: ValueError: w13 must be [experts, N, K], found shape [128, 64]
+exchanged: ValueError: w13 must be made with gate_up=True and w2 with gate_up=False, found False and True
+experts: ValueError: for w13 of shape [3, 128, 64], w2 must be [experts, K, I] = [3, 64, 64], found shape [2, 64, 64]
+intermediate: ValueError: for w13 of shape [3, 128, 64], w2 must be [experts, K, I] = [3, 64, 64], found shape [3, 64, 128]
+hidden size: ValueError: hidden_states must be [tokens, 64] for this w13, found [4, 32]
+hidden rank: ValueError: hidden_states must be [tokens, 64] for this w13, found [64]
+hidden dtype: TypeError: hidden_states must be torch.bfloat16 or torch.float16 or torch.float32 (or packed uint8 with hidden_scale), found torch.float64
+packed without scale: TypeError: hidden_states must be torch.bfloat16 or torch.float16 or torch.float32 (or packed uint8 with hidden_scale), found torch.uint8
+float with scale: TypeError: hidden_states with hidden_scale must be torch.uint8, found torch.float32
+scale shape: ValueError: hidden_scale must be [4, 2], found shape [2, 2]
+float ids: TypeError: topk_ids must be torch.int32 or torch.int64, found torch.float32
+ids rank: ValueError: topk_ids must be [4, topk], found shape [4]
+ids tokens: ValueError: topk_ids must be [4, topk], found shape [3, 2]
+ids too large: ValueError: topk_ids must be in 0..2, found 1..3
+ids negative: ValueError: topk_ids must be in 0..2, found -1..1
+weight shape: ValueError: topk_weight must be [4, 2], found shape [4, 1]
+weight dtype: TypeError: topk_weight must be floating point, found torch.int32
+bias shape: ValueError: w13_bias must be [3, 128], found shape [3, 64]
+bias dtype: TypeError: w2_bias must be torch.bfloat16 or torch.float16 or torch.float32, found torch.int32
+mask dtype: TypeError: expert_mask must be torch.int32, found torch.bool
+mask length: ValueError: expert_mask must be [global experts], 1 where local, found shape [2] for 3 local experts
+mask sum: ValueError: expert_mask marks 4 local experts, but the weights hold 3
+activation: ValueError: unknown activation 'relu'; known activations: 'silu', 'gelu', 'swiglu'
+activation dtype: ValueError: activation_dtype must be None (activations as they come) or 'mxfp4', found 'fp8'
+scale rule: ValueError: unknown scale_rule 'ceil'; known rules: 'floor', 'even', 'round_up', 'amax4'
+scale rule alone: ValueError: scale_rule='even' quantises activations, so it needs activation_dtype='mxfp4'
+limit: ValueError: swiglu_limit must be positive, or None for the activation's own, found 0.0
+out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found torch.int8
+backend: ValueError: unknown backend 'cuda'; known backends: 'reference'
+device: ValueError: all tensors must be on the device of w13, cpu; found topk_weight on meta""",
+    )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The number format, judged by its definition in float64 and by torch's own e8m0 type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, dequantize, quantize
+
+from .helpers import MAGNITUDES, coded, dense
+
+
+def nearest_code(value: float) -> int:
+    """The code nearest to a value, ties to the even code, saturating: by looking at all of them."""
+    magnitude = min(abs(value), 6.0)
+    code = min(range(8), key=lambda code: (abs(MAGNITUDES[code] - magnitude), code % 2))
+    return code | (8 if math.copysign(1.0, value) < 0 else 0)
+
+
+def binade(value: float) -> int:
+    return math.frexp(value)[1] - 1
+
+
+def mantissa(value: float) -> float:
+    return value / 2.0 ** binade(value)
+
+
+# the exponent of the scale that each rule wants for an amax, in exact arithmetic
+RULES: dict[str, Callable[[float], int]] = {
+    "floor": lambda amax: binade(amax) - 2,
+    "even": lambda amax: binade(amax) - 2 + (mantissa(amax) >= 1.75),
+    "round_up": lambda amax: math.ceil(math.log2(float(torch.tensor(amax) * (1 / 6)))),
+    "amax4": lambda amax: binade(amax / 4) + (mantissa(amax) >= 1.5),
+}
+
+
+def codes_of(qdata: Tensor) -> Tensor:
+    return torch.stack([qdata & 15, qdata >> 4], dim=-1).flatten(-2)
+
+
+def test_every_code_and_every_scale_dequantise() -> None:
+    scale = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    qdata = torch.arange(16, dtype=torch.uint8)
+    qdata = (qdata | (15 - qdata) << 4).expand(256, 16).contiguous()
+    expected = dense(qdata, scale)
+    torch_scale = scale.view(torch.float8_e8m0fnu).float()
+    assert torch.equal(
+        torch_scale.nan_to_num(-1).double(), torch.where(scale == 255, -1.0, 2.0 ** (scale.double() - 127))
+    )
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        values = dequantize(qdata, scale, dtype)
+        assert values.dtype is dtype
+        torch.testing.assert_close(values, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(values[127].signbit(), expected[127].signbit())  # -0 stays -0
+    assert dequantize(qdata, scale)[255].isnan().all()
+
+
+def test_low_nibble_is_the_even_column() -> None:
+    qdata = torch.zeros(1, 16, dtype=torch.uint8)
+    qdata[0, 1] = 0x2 | 0x7 << 4
+    values = dequantize(qdata, torch.full((1, 1), 127, dtype=torch.uint8))
+    assert values[0, 2:4].tolist() == [1.0, 6.0]
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+@settings(max_examples=200, deadline=None)
+@given(
+    exponent=st.integers(-100, 100),
+    amax=st.floats(1, 2, exclude_max=True, width=32),
+    rest=st.lists(st.floats(-1, 1, width=32), min_size=31, max_size=31),
+)
+def test_quantise_by_definition(rule: str, exponent: int, amax: float, rest: list[float]) -> None:
+    block = torch.tensor([amax, *rest], dtype=torch.float32) * 2.0**exponent
+    top = float(block.abs().max())
+    qdata, scale = quantize(block, scale_rule=rule)
+    expected = RULES[rule](top)
+    assert int(scale) - 127 == expected
+    assert codes_of(qdata).tolist() == [nearest_code(float(value) / 2.0**expected) for value in block]
+
+
+@pytest.mark.parametrize(
+    ("rule", "amax", "byte"),
+    [
+        ("floor", 4.0, 127), ("floor", 7.999, 127), ("floor", 8.0, 128),
+        ("even", 6.999, 127), ("even", 7.0, 128), ("even", 4.0, 127),
+        ("round_up", 6.0, 127), ("round_up", 6.0001, 128), ("round_up", 3.0, 126), ("round_up", 3.001, 127),
+        ("amax4", 4.0, 127), ("amax4", 5.999, 127), ("amax4", 6.0, 128), ("amax4", 8.0, 128),
+    ],
+)  # fmt: skip
+def test_scale_rules_at_their_thresholds(rule: str, amax: float, byte: int) -> None:
+    _, scale = quantize(torch.full((32,), amax), scale_rule=rule)
+    assert scale.tolist() == [byte]
+
+
+def test_midpoints_go_to_even_codes_and_the_top_saturates() -> None:
+    midpoints = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+    above = [torch.nextafter(torch.tensor(m), torch.tensor(9.0)).item() for m in midpoints]
+    below = [torch.nextafter(torch.tensor(m), torch.tensor(0.0)).item() for m in midpoints]
+    block = torch.zeros(32)
+    block[:21] = torch.tensor(midpoints + above + below)
+    block[21:24] = torch.tensor([-0.25, -5.0, 7.9])  # 7.9 makes the floor scale 1.0, and saturates
+    qdata, scale = quantize(block, scale_rule="floor")
+    assert scale.tolist() == [127]
+    values = dequantize(qdata, scale)
+    assert values[:7].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
+    assert values[7:14].tolist() == [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    assert values[14:21].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+    assert values[21:24].tolist() == [-0.0, -4.0, 6.0]
+    assert values[21].signbit()
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_zero_blocks_keep_their_signs(rule: str) -> None:
+    block = torch.tensor([0.0, -0.0] * 16)
+    qdata, scale = quantize(block, scale_rule=rule)
+    assert scale.tolist() == [0]
+    assert codes_of(qdata).tolist() == [0, 8] * 16
+    assert torch.equal(dequantize(qdata, scale).signbit(), block.signbit())
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_an_amax_too_small_for_its_scale(rule: str) -> None:
+    """Scales stop at 2**-127: below 2**-125 (2**-126 / 6 for round_up) codes shrink instead, down to rounding to zero."""
+    block = torch.zeros(32)
+    block[:4] = torch.tensor([2.0**-127, -(2.0**-128), 2.0**-130, 2.0**-149], dtype=torch.float64).float()
+    qdata, scale = quantize(block, scale_rule=rule)
+    unit = 2.0 ** (int(scale) - 127)
+    assert int(scale) == (1 if rule == "round_up" else 0)
+    assert codes_of(qdata)[:4].tolist() == [nearest_code(float(value) / unit) for value in block[:4].double()]
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_block_that_is_not_finite_becomes_nan(rule: str, poison: float) -> None:
+    values = torch.ones(2, 64)
+    values[1, 40] = poison
+    qdata, scale = quantize(values, scale_rule=rule)
+    assert (scale == 255).tolist() == [[False, False], [False, True]]
+    assert dequantize(qdata, scale).isnan().sum() == 32
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_the_largest_floats_stay_finite(rule: str) -> None:
+    qdata, scale = quantize(torch.full((32,), torch.finfo(torch.float32).max), scale_rule=rule)
+    assert dequantize(qdata, scale, torch.float64).isfinite().all()
+
+
+def test_values_on_the_grid_round_trip() -> None:
+    """Quantising what was dequantised changes no value: all codes, with a 6 in each block so that scales stay too."""
+    qdata, scale = coded(4, 64), 60 + coded(4, 4, salt=3) % 128
+    qdata[:, ::16] |= 0x07  # an amax code of 6, or -6
+    again, scale_again = quantize(dequantize(qdata, scale), scale_rule="floor")
+    assert torch.equal(scale_again, scale)
+    assert torch.equal(again, qdata)
+
+
+def test_heavy_tails_and_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(8, 256, generator=generator) * torch.randn(8, 256, generator=generator).exp() ** 2).bfloat16()
+    assert all(torch.equal(a, b) for a, b in zip(quantize(values), quantize(values.double()), strict=True))
+    weight = ShuffledMXFP4Tensor.from_hp(values, gate_up=False, scale_rule="round_up")
+    assert torch.equal(weight.dequantize(torch.float64), dense(*quantize(values, scale_rule="round_up")))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match="floating-point values, found torch.uint8"):
+        quantize(coded(32))
+    with pytest.raises(ValueError, match=r"multiple of 32, found shape \[2, 33\]"):
+        quantize(torch.zeros(2, 33))
+    with pytest.raises(
+        ValueError, match="unknown scale_rule 'ceil'; known rules: 'floor', 'even', 'round_up', 'amax4'"
+    ):
+        quantize(torch.zeros(32), scale_rule="ceil")
