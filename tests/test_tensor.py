@@ -272,6 +272,23 @@ def test_copies_have_bytes_of_their_own(
     assert weight.shuffle_kind == kind
 
 
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copies_keep_a_fixed_kind(make_copy: Callable[[ShuffledMXFP4Tensor], Tensor]) -> None:
+    copied = make_copy(make(kind="mxfp4_moe"))
+    assert isinstance(copied, ShuffledMXFP4Tensor)
+    assert (copied.shuffle_kind, copied.is_shuffled) == ("mxfp4_moe", False)
+
+
+def test_memory_shared_with_another_process_is_replaced() -> None:
+    qdata, scale = parts(2, 512, 512)
+    qdata.share_memory_()
+    weight = ShuffledMXFP4Tensor(qdata, scale, gate_up=True, row_order="contiguous", dtype=torch.float32)
+    alias = weight.detach()
+    weight.shuffle_("mxfp4_moe")
+    assert torch.equal(qdata, parts(2, 512, 512)[0])  # the other process may be reading it
+    assert torch.equal(alias.dequantize(), value((2, 512, 512)))
+
+
 def test_what_is_pickled_is_canonical_and_aliases_stay_aliases() -> None:
     weight = make((2, 512, 512)).shuffle_("mxfp4_moe")
     first, second = pickle.loads(pickle.dumps([weight, weight.detach()]))
