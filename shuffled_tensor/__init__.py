@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: MIT
 """MXFP4 expert weights whose byte order is part of the tensor."""
 
-from shuffled_tensor import aten as _aten  # noqa: F401  (registers the operations)
+from shuffled_tensor import aten as _aten  # registers the operations
+from shuffled_tensor import drop_in as _drop_in  # and those of other libraries
+from shuffled_tensor.device import arch, override_arch
 from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
 from shuffled_tensor.mxfp4 import SCALE_RULES, dequantize, quantize
 from shuffled_tensor.ops import fused_moe
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.prepare import prepare
+from shuffled_tensor.report import Explanation, explain
+from shuffled_tensor.tensor import KernelOperands, ShuffledMXFP4Tensor, implements
 
 __all__ = [
     "SCALE_RULES",
+    "Explanation",
+    "KernelOperands",
     "ShuffleKind",
     "ShuffledMXFP4Tensor",
+    "arch",
     "dequantize",
+    "explain",
     "fused_moe",
+    "implements",
+    "override_arch",
+    "prepare",
     "quantize",
     "shuffle_scale",
     "shuffle_weight",
     "unshuffle_scale",
     "unshuffle_weight",
 ]
+
+del _aten, _drop_in

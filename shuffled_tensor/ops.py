@@ -79,7 +79,7 @@ def fused_moe(
             first, as an a4w4 kernel does.
         scale_rule: one of :data:`shuffled_tensor.SCALE_RULES` for ``activation_dtype="mxfp4"``, by default ``"even"``.
         out_dtype: default: the dtype of ``hidden_states``, or of ``w13`` where they are packed.
-        backend: ``"reference"``, or None to have one chosen.
+        backend: ``"aiter"``, ``"reference"``, or None to have one chosen: :func:`shuffled_tensor.explain` says which.
 
     Returns:
         ``[tokens, K]``. There is no gradient.
@@ -120,13 +120,43 @@ def _lower(
     hidden_scale: Tensor | None = None,
     *options: Any,
 ) -> Tensor:
+    arguments = (hidden_states, w13, w2, topk_weight, topk_ids, out_dtype, backend, hidden_scale, *options)
+    call, choice = plan(*arguments)
+    if choice.kind is not None and (call.w13_kind, call.w2_kind) != (choice.kind, choice.kind):
+        call.check()  # and the kinds, before anything is changed
+        storages = [weight._storage for weight in (w13, w2) if isinstance(weight, ShuffledMXFP4Tensor)]
+        for storage in storages:
+            storage.check_usable_as(choice.kind)
+        for storage in storages:
+            storage.relayout_(choice.kind)
+        call, choice = plan(*arguments)
+    backends.warn_when_passed_over(choice, w13.device)
+    return torch.ops.shuffled_tensor.fused_moe_packed(*vars(call).values())  # type: ignore[no-any-return]
+
+
+def plan(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weight: Tensor,
+    topk_ids: Tensor,
+    out_dtype: torch.dtype | None,
+    backend: str | None,
+    hidden_scale: Tensor | None,
+    *options: Any,
+) -> tuple[MoECall, backends.Choice]:
+    """The call as it would be made, and who would take it; nothing is changed or run.
+
+    Raises:
+        TypeError, ValueError: as for :func:`fused_moe`.
+    """
     w13, w2 = _check_weights(w13, w2)
     columns = w13.shape[2] if hidden_scale is None else w13.shape[2] // 2
     if hidden_states.dim() != 2 or hidden_states.shape[1] != columns:
         raise ValueError(f"hidden_states must be [tokens, {columns}] for this w13, found {list(hidden_states.shape)}")
     if out_dtype is None:
         out_dtype = hidden_states.dtype if hidden_scale is None else w13.dtype
-    return torch.ops.shuffled_tensor.fused_moe_packed(  # type: ignore[no-any-return]
+    call = MoECall(
         hidden_states,
         w13.qdata,
         w13.scale,
@@ -138,10 +168,13 @@ def _lower(
         w2._storage.kind.value,
         w2.shape[2],
         out_dtype,
-        backends.select(backend),
+        "",
         hidden_scale,
         *options,
     )
+    choice = backends.select(call, backend)
+    call.backend = choice.backend
+    return call, choice
 
 
 def _check_weights(w13: Tensor, w2: Tensor) -> tuple[ShuffledMXFP4Tensor, ShuffledMXFP4Tensor]:
@@ -177,7 +210,7 @@ def _plain(hidden_states: Tensor, w13: Tensor, w2: Tensor, *args: Any) -> NoRetu
 def _packed(*args: Any) -> Tensor:
     call = MoECall(*args)
     call.check()
-    return backends.BACKENDS[call.backend](call)
+    return backends.BACKENDS[call.backend].run(call)
 
 
 def _packed_fake(*args: Any) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import (
@@ -32,6 +33,12 @@ PADDING = 256
 one layer agree on both."""
 
 _PAD_SCALE = 127  # 1.0; the codes of a pad are zero
+
+_PINNED = (
+    "the bytes were handed out by as_kernel_operands() laid out as {!r}, so they cannot be brought into {!r} "
+    "under their "
+    "holder; clone() the tensor"
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,10 @@ class PackedStorage:
         geometry: logical and padded sizes.
         kind: the layout that the bytes are in now.
         target: the kind that the caller fixed, or None where the backend decides at first use.
+        pinned: whether somebody outside holds the bytes as they lie, so that their layout must stay.
     """
 
-    __slots__ = ("__weakref__", "geometry", "kind", "qdata", "scale", "target")
+    __slots__ = ("__weakref__", "geometry", "kind", "pinned", "qdata", "scale", "target")
 
     # One lock for all: a change of layout is rare and saturates the memory system by itself.
     _lock = threading.RLock()
@@ -102,6 +110,7 @@ class PackedStorage:
         self.geometry = geometry
         self.kind = kind
         self.target = target
+        self.pinned = False
 
     @classmethod
     def pack(
@@ -139,16 +148,50 @@ class PackedStorage:
         return _unpickle, (qdata, scale, self.geometry.gate_up, None if self.target is None else self.target.value)
 
     def relayout_(self, kind: ShuffleKind) -> None:
-        """Bring the bytes into ``kind``, in place, once, whatever number of threads ask."""
-        with self._lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+        """Bring the bytes into ``kind``, in place, once, whatever number of threads ask.
+
+        Raises:
+            RuntimeError: the layout is pinned, or a CUDA graph is being captured, which would replay the change.
+        """
+        with self._lock:
+            if kind is self.kind:
+                return
             gate_up = self.geometry.gate_up
             if LAYOUTS.get((self.kind, gate_up)) is not LAYOUTS.get((kind, gate_up)):
-                qdata, scale = self._owned(self.qdata), self._owned(self.scale)
-                unshuffle_weight(self.qdata, self.kind, gate_up=gate_up, out=qdata)
-                unshuffle_scale(self.scale, self.kind, gate_up=gate_up, out=scale)
-                self.qdata = shuffle_weight(qdata, kind, gate_up=gate_up, out=qdata)
-                self.scale = shuffle_scale(scale, kind, gate_up=gate_up, out=scale)
+                self._permute_(kind)
+            elif self.pinned:
+                raise RuntimeError(_PINNED.format(self.kind.value, kind.value))
             self.kind = kind
+
+    def _permute_(self, kind: ShuffleKind) -> None:
+        if self.pinned:
+            raise RuntimeError(_PINNED.format(self.kind.value, kind.value))
+        on_gpu = is_real(self.qdata) and self.qdata.device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a weight would be laid out anew ({self.kind.value!r} to {kind.value!r}) while a CUDA graph is being "
+                "captured, and again at every replay; call shuffled_tensor.prepare(module) before the capture"
+            )
+        gate_up = self.geometry.gate_up
+        with _disable_current_modes(), torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+            if on_gpu:  # kernels of other streams may still be reading the bytes
+                torch.cuda.synchronize(self.qdata.device)
+            qdata, scale = self._owned(self.qdata), self._owned(self.scale)
+            unshuffle_weight(self.qdata, self.kind, gate_up=gate_up, out=qdata)
+            unshuffle_scale(self.scale, self.kind, gate_up=gate_up, out=scale)
+            self.qdata = shuffle_weight(qdata, kind, gate_up=gate_up, out=qdata)
+            self.scale = shuffle_scale(scale, kind, gate_up=gate_up, out=scale)
+            if on_gpu:  # and others will read them as soon as this returns
+                torch.cuda.synchronize(self.qdata.device)
+
+    def check_usable_as(self, kind: ShuffleKind) -> None:
+        """Raise ValueError where a reader of ``kind`` meets a weight that was made for another one."""
+        if self.target not in (None, kind):
+            raise ValueError(
+                f"the weight was made for shuffle_kind={self.target.value!r}, but what is installed here reads "
+                f"{kind.value!r}; make it without a shuffle_kind, call shuffle_({kind.value!r}), or ask for "
+                "backend='reference'"
+            )
 
     @staticmethod
     def _owned(data: Tensor) -> Tensor:
@@ -211,3 +254,8 @@ def _unpickle(qdata: Tensor, scale: Tensor, gate_up: bool, target: str | None) -
 
 
 torch.serialization.add_safe_globals([_unpickle])
+
+
+def is_real(data: Tensor) -> bool:
+    """Whether there are bytes behind a tensor: not where a compiler traces with fake ones, nor on the meta device."""
+    return type(data) is Tensor and data.device.type != "meta"

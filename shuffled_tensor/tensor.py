@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from shuffled_tensor import mxfp4
+from shuffled_tensor import backends, mxfp4
+from shuffled_tensor.backends import aiter
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import PackedStorage
+from shuffled_tensor.storage import PackedStorage, is_real
 
 __all__ = ["OPERATIONS", "ShuffledMXFP4Tensor", "implements"]
 
@@ -22,22 +23,37 @@ _SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 _LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROW_ORDERS = ("contiguous", "interleaved")
 
-OPERATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-"""What each operator does to a :class:`ShuffledMXFP4Tensor`. An operator that is not a key raises "
-"NotImplementedError."""
+OPERATIONS: dict[torch._ops.OpOverload | str, Callable[..., Any]] = {}
+"""What each operator does to a :class:`ShuffledMXFP4Tensor`; one that is not a key raises NotImplementedError.
+
+An operator that another library registers, perhaps later or never, is named: ``"aiter::fused_moe_"``.
+"""
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
 
 
-def implements(*operators: torch._ops.OpOverload) -> Callable[[_Handler], _Handler]:
-    """Register a function as the rows of :data:`OPERATIONS` for some operators; it is called with the operator's own
-    arguments."""
+def implements(*operators: torch._ops.OpOverload | str) -> Callable[[_Handler], _Handler]:
+    """Make a function the rows of :data:`OPERATIONS` for some operators; it is called with the operator's arguments."""
 
     def register(handler: _Handler) -> _Handler:
         OPERATIONS.update(dict.fromkeys(operators, handler))
         return handler
 
     return register
+
+
+class KernelOperands(NamedTuple):
+    """What :meth:`ShuffledMXFP4Tensor.as_kernel_operands` returns.
+
+    Attributes:
+        weight: float4_e2m1fn_x2 ``[E, padded N, padded K/2]`` with the tags that the installed aiter reads.
+        scale: uint8 ``[E, padded N, padded K/32]``.
+        gate_mode: the ``gate_mode`` that a call of aiter with this weight must be given.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    gate_mode: str
 
 
 class ShuffledMXFP4Tensor(Tensor):
@@ -210,6 +226,27 @@ class ShuffledMXFP4Tensor(Tensor):
         self._storage.relayout_(ShuffleKind.NONE)
         return self
 
+    def as_kernel_operands(self) -> KernelOperands:
+        """Plain tensors for code that must not see a subclass: laid out and tagged as the installed aiter wants them.
+
+        They share the storage, so values written through this tensor are theirs too; its layout is pinned from now on.
+
+        Raises:
+            RuntimeError: aiter cannot be used on this device.
+            ValueError: the tensor was made for another kind, or is a view of experts that are not contiguous.
+        """
+        reason = aiter.unusable(self.device)
+        if reason is not None:
+            raise RuntimeError(f"as_kernel_operands() lays bytes out for aiter: {reason}")
+        if not self.qdata.is_contiguous():
+            raise ValueError("these experts are not contiguous in memory; clone() them first")
+        era = aiter.detect().era
+        self._storage.check_usable_as(era.kind)
+        self._storage.relayout_(era.kind)
+        self._storage.pinned = True
+        weight = aiter.tagged_weight(self.qdata, gate_up=self.gate_up, intermediate=self.shape[-1])
+        return KernelOperands(weight, self.scale, era.gate_mode)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The logical value as a plain tensor, in the logical dtype unless another is given."""
         values = self._storage.dequantize(self._experts, dtype or self.dtype)
@@ -259,7 +296,12 @@ class ShuffledMXFP4Tensor(Tensor):
         }
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
         storage = self._storage
+        if is_real(storage.qdata):
+            kind = backends.kind_at_first_use(self.device, storage.target)
+            if kind is not None:
+                storage.relayout_(kind)
         return ["qdata", "scale"], (storage.geometry, storage.kind, storage.target, self.dtype)
 
     @classmethod
@@ -277,7 +319,7 @@ class ShuffledMXFP4Tensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handler = OPERATIONS.get(func)
+        handler = OPERATIONS.get(func) or OPERATIONS.get(func.name())
         if handler is None:
             raise NotImplementedError(
                 f"{func} is not defined on ShuffledMXFP4Tensor, whose bytes are packed codes in an order of their own; "

@@ -295,6 +295,6 @@ scale rule: ValueError: unknown scale_rule 'ceil'; known rules: 'floor', 'even',
 scale rule alone: ValueError: scale_rule='even' quantises activations, so it needs activation_dtype='mxfp4'
 limit: ValueError: swiglu_limit must be positive, or None for the activation's own, found 0.0
 out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found torch.int8
-backend: ValueError: unknown backend 'cuda'; known backends: 'reference'
+backend: ValueError: unknown backend 'cuda'; known backends: 'aiter', 'reference'
 device: ValueError: all tensors must be on the device of w13, cpu; found topk_weight on meta""",
     )

@@ -1,28 +1,82 @@
 # SPDX-License-Identifier: MIT
-"""Who computes a mixture-of-experts layer, and how one is chosen."""
+"""Who computes a mixture-of-experts layer, how one is chosen, and the report of that choice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from shuffled_tensor.backends import reference
+from shuffled_tensor.backends import aiter, reference
+from shuffled_tensor.device import arch
+from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.moe import MoECall
 
-BACKENDS: dict[str, Callable[[MoECall], Tensor]] = {
-    "reference": reference.fused_moe,
-}
+_log = logging.getLogger("shuffled_tensor")
 
 
-def select(wanted: str | None) -> str:
-    """The name of the backend that takes a call.
+class Backend(Protocol):
+    """What a module of this package offers."""
+
+    def refuse(self, call: MoECall, /) -> str | None:
+        """Why it does not take a call, or None; looks at everything but data and kinds."""
+
+    def kind(self, device: torch.device, /) -> ShuffleKind | None:
+        """The layout that it reads on a device; None where it reads any."""
+
+    def run(self, call: MoECall, /) -> Tensor: ...
+
+
+BACKENDS: dict[str, Backend] = {"aiter": aiter, "reference": reference}
+"""In the order of preference. The last one refuses nothing."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    backend: str
+    kind: ShuffleKind | None
+    """The layout that both weights must have; None where any will do."""
+    passed_over: dict[str, str]
+    """Why each preferred backend does not take the call."""
+
+
+def select(call: MoECall, wanted: str | None) -> Choice:
+    """Choose the backend for a call.
 
     Raises:
-        ValueError: the caller asked for one that does not exist.
+        ValueError: the caller asked for one that does not exist, or that refuses this call.
     """
-    if wanted is None:
-        return "reference"
-    if wanted not in BACKENDS:
+    if wanted is not None and wanted not in BACKENDS:
         raise ValueError(f"unknown backend {wanted!r}; known backends: {', '.join(map(repr, BACKENDS))}")
-    return wanted
+    passed_over: dict[str, str] = {}
+    for name in BACKENDS if wanted is None else (wanted,):
+        reason = BACKENDS[name].refuse(call)
+        if reason is None:
+            return Choice(name, BACKENDS[name].kind(call.w13_qdata.device), passed_over)
+        passed_over[name] = reason
+    raise ValueError(
+        f"{wanted} cannot take this call: {passed_over[str(wanted)]}; "
+        "shuffled_tensor.fused_moe without backend= goes to another"
+    )
+
+
+def kind_at_first_use(device: torch.device, target: ShuffleKind | None) -> ShuffleKind | None:
+    """The kind that a weight on this device is shuffled into when it is first used; None where it stays as it is."""
+    if arch(device) != aiter.ARCH:
+        return None
+    return target or aiter.kind(device)
+
+
+def warn_when_passed_over(choice: Choice, device: torch.device) -> None:
+    """On the GPU that aiter is for, another backend is slow enough to be worth a line in the log, once a reason."""
+    if "aiter" in choice.passed_over and arch(device) == aiter.ARCH:
+        _warn(choice.backend, choice.passed_over["aiter"])
+
+
+@cache
+def _warn(backend: str, reason: str) -> None:
+    _log.warning("fused_moe goes to the %s backend, not to aiter: %s", backend, reason)

@@ -8,10 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
+from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.moe import SWIGLU_LIMIT, MoECall
 
 
-def fused_moe(call: MoECall) -> Tensor:
+def refuse(call: MoECall) -> str | None:
+    return None
+
+
+def kind(device: torch.device) -> ShuffleKind | None:
+    return None  # reads any
+
+
+def run(call: MoECall) -> Tensor:
     """float32 throughout; one expert is dequantised at a time, and only those that received tokens.
 
     With ``activation_dtype="mxfp4"``, what enters each of the two GEMMs is first rounded to MXFP4, and back, by the

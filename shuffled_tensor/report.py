@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Which backend a call goes to, and why: for one call, and for a machine."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shuffled_tensor.backends import aiter
+from shuffled_tensor.device import arch
+from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.moe import MoECall
+from shuffled_tensor.ops import fused_moe, plan
+
+__all__ = ["Explanation", "doctor", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of :func:`shuffled_tensor.fused_moe` would do."""
+
+    arch: str
+    aiter: str
+    """The aiter that is installed and its era, or why none can be used."""
+    backend: str
+    kind: ShuffleKind | None
+    """The layout that both weights would have; None where they stay as they are."""
+    shuffles: tuple[str, ...]
+    """Which of w13 and w2 would be laid out anew."""
+    tags: dict[str, Any]
+    """Attributes that w13 would carry, and the gate mode it would be passed with."""
+    activations: str
+    passed_over: dict[str, str]
+    """The backends that would have been preferred, and why they do not take the call."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"architecture  {self.arch}",
+            f"aiter         {self.aiter}",
+            f"backend       {self.backend}",
+            f"kind          {self.kind.value if self.kind else 'any, as the weights lie'}",
+            f"shuffles      {', '.join(self.shuffles) or 'nothing'}",
+            f"tags          {', '.join(f'{name}={value!r}' for name, value in self.tags.items()) or 'none'}",
+            f"activations   {self.activations}",
+            *(f"passed over   {name}: {reason}" for name, reason in self.passed_over.items()),
+        ]
+        return "\n".join(lines)
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """What :func:`shuffled_tensor.fused_moe` would do with the same arguments; nothing is run, and nothing shuffled.
+
+    Raises:
+        TypeError, ValueError: what the call itself would raise.
+    """
+    bound = inspect.signature(fused_moe).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    leading = ("hidden_states", "w13", "w2", "topk_weight", "topk_ids", "out_dtype", "backend", "hidden_scale")
+    fields = list(MoECall.__dataclass_fields__)
+    options = fields[fields.index("hidden_scale") + 1 :]
+    call, choice = plan(*(given[name] for name in (*leading, *options)))
+    call.check()
+    weights = {"w13": given["w13"], "w2": given["w2"]}
+    kinds = {"w13": call.w13_kind, "w2": call.w2_kind}
+    if choice.kind is not None:
+        for weight in weights.values():
+            weight._storage.check_usable_as(choice.kind)
+    device = call.w13_qdata.device
+    tags: dict[str, Any] = {}
+    activations = "as they come" if call.activation_dtype is None else f"mxfp4, {call.intermediate_scale_rule}"
+    if choice.backend == "aiter":
+        era = aiter.detect().era
+        tags = {"is_shuffled": True, **era.w13_tags, "gate_mode": era.gate_mode}
+        activations = f"mxfp4, {era.scale_rule}"
+    return Explanation(
+        arch=arch(device),
+        aiter=installed_aiter(),
+        backend=choice.backend,
+        kind=choice.kind,
+        shuffles=tuple(name for name in weights if choice.kind is not None and kinds[name] != choice.kind),
+        tags=tags,
+        activations=activations,
+        passed_over=choice.passed_over,
+    )
+
+
+def installed_aiter() -> str:
+    try:
+        found = aiter.detect()
+    except aiter.Unusable as error:
+        return str(error)
+    return f"{found.version}, era {found.era.name}: since {found.era.since}"
+
+
+def doctor() -> str:
+    """This machine, as ``python -m shuffled_tensor doctor`` prints it."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    lines = [f"torch         {torch.__version__}", f"aiter         {installed_aiter()}"]
+    for device in devices:
+        reason = aiter.unusable(device)
+        lines.append(f"{device!s:14}{arch(device)}")
+        lines.append(f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().era.kind.value!r}'}")
+        lines.append("  reference   yes, reads any layout")
+    lines.append(f"kinds         {', '.join(repr(kind.value) for kind in ShuffleKind)}")
+    lines.append(f"to change     {_advice(devices)}")
+    return "\n".join(lines)
+
+
+def _advice(devices: list[torch.device]) -> str:
+    if not any(arch(device) == aiter.ARCH for device in devices):
+        return f"nothing: no device here is {aiter.ARCH}, and the reference backend runs everything"
+    if any(aiter.unusable(device) is None for device in devices):
+        return "nothing: weights are shuffled on first use"
+    return "install or repair aiter (https://github.com/ROCm/aiter, distribution amd-aiter)"

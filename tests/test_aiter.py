@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: MIT
+"""Routing to aiter, in each of its eras, judged by a double that computes from the shuffled bytes by index formulas."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from shuffled_tensor import (
+    ShuffledMXFP4Tensor,
+    explain,
+    fused_moe,
+    implements,
+    override_arch,
+    shuffle_scale,
+    shuffle_weight,
+)
+from shuffled_tensor.backends import aiter as backend
+from shuffled_tensor.testing import ERAS, Double, aiter_double
+
+from .helpers import coded, moderate_scales, relative_error
+from .moe_layer import EXPERTS, HIDDEN, INTERMEDIATE, make_layer, make_weight
+
+KIND = dict.fromkeys("ABCDE", "mxfp4_moe") | dict.fromkeys("FG", "mxfp4_separated")
+OTHER = {"mxfp4_moe": "mxfp4_separated", "mxfp4_separated": "mxfp4_moe"}
+RULE = dict.fromkeys("ABCDE", "even") | dict.fromkeys("FG", "round_up")
+
+
+def expected(double: Double, layer: dict[str, Any]) -> Tensor:
+    """What the double makes of the logical weights."""
+    w13, w2 = (layer[name].dequantize(torch.float32) for name in ("w13", "w2"))
+    return double.answer(layer["hidden_states"], w13, w2, layer["topk_weight"], layer["topk_ids"])
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_every_era_gets_its_layout(era: str, device: str) -> None:
+    with override_arch("gfx950"), aiter_double(era) as double:
+        layer = make_layer(device)
+        answer = expected(double, layer)
+        for _ in range(2):
+            out = fused_moe(**layer)
+            assert torch.equal(out, answer)
+        assert out.dtype is torch.bfloat16
+        assert double.reads == ["separated tiles" if era in "FG" else "gate-up interleaved tiles"] * 2
+        for name in ("w13", "w2"):
+            assert (layer[name].shuffle_kind, layer[name].is_shuffled) == (KIND[era], True)
+            assert torch.equal(layer[name].dequantize(), make_weight(name, device).dequantize())
+        reference = fused_moe(**layer, backend="reference", activation_dtype="mxfp4", scale_rule=RULE[era])
+        assert relative_error(out, reference) < 0.01
+        # ids and weights of other dtypes are converted, not refused
+        wide = {"topk_ids": layer["topk_ids"].long(), "topk_weight": layer["topk_weight"].double()}
+        assert torch.equal(fused_moe(**(layer | wide)), answer)
+
+
+# --- the contract itself: each mistake of AITER's mismatch column, made by hand on plain tensors
+
+RIGHT, WRONG = "right", "wrong number"
+# (eras, mistake, whether kernels are tuned for the shape, what happens)
+MISTAKES = [
+    (ERAS, "none", True, RIGHT),
+    ("A", "tag dropped", True, WRONG),
+    ("B", "tag dropped", True, WRONG),
+    ("D", "tag dropped", True, WRONG),
+    ("CEFG", "tag dropped", True, RIGHT),  # tuned kernels read no tag, and only warn
+    ("FG", "tag dropped", False, WRONG),
+    ("AB", "none", False, TypeError),
+    ("CE", "none", False, WRONG),  # the silent fall to plain kernels
+    ("DFG", "none", False, RIGHT),
+    (ERAS, "other kind", True, WRONG),
+    ("CEFG", "other gate mode", True, WRONG),
+    ("AB", "other gate mode", True, TypeError),
+    ("D", "other gate mode", True, RIGHT),
+    ("ABD", "uint8 weights", True, TypeError),
+    ("CEFG", "uint8 weights", True, WRONG),
+    ("D", "the HIP tag, untuned", False, WRONG),
+    (ERAS, "raw bytes", True, WRONG),
+]
+
+
+@pytest.mark.parametrize(
+    ("era", "mistake", "tuned", "outcome"),
+    [pytest.param(era, *row, id=f"{era}-{row[0]}-{row[1]}") for eras, *row in MISTAKES for era in eras],
+)
+def test_mistakes_on_plain_tensors(era: str, mistake: str, tuned: bool, outcome: Any, device: str) -> None:
+    with override_arch("gfx950"), aiter_double(era, tuned=tuned) as double:
+        import aiter
+
+        layer = make_layer(device)
+        answer = expected(double, layer)
+        kind = OTHER[KIND[era]] if mistake == "other kind" else KIND[era]
+        operands = {}
+        for name, ours in (("w1", "w13"), ("w2", "w2")):
+            qdata, scale, gate_up = layer[ours].qdata.clone(), layer[ours].scale.clone(), ours == "w13"
+            if mistake != "raw bytes":
+                qdata = shuffle_weight(qdata, kind, gate_up=gate_up)
+                scale = shuffle_scale(scale, kind, gate_up=gate_up)
+            if mistake != "uint8 weights":
+                qdata = qdata.view(torch.float4_e2m1fn_x2)
+            if mistake != "tag dropped":
+                qdata.is_shuffled = True
+                if gate_up and era in "AD":
+                    qdata.shuffle_kind = "mxfp4_guinterleave" if "HIP tag" in mistake else "mxfp4_moe"
+                if gate_up and era == "B":
+                    qdata.is_guinterleave = True
+            operands |= {name: qdata, f"{name}_scale": scale}
+        gate_modes = ["interleave", "separated"] if era in "CE" else ["separated", "interleave"]
+        options = {"gate_mode": gate_modes[mistake == "other gate mode"]}
+        if era == "G" and mistake not in ("tag dropped",):
+            options["is_shuffled"] = True
+        padded = torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))
+
+        def call() -> Tensor:
+            return aiter.fused_moe.fused_moe(
+                padded,
+                topk_weight=layer["topk_weight"],
+                topk_ids=layer["topk_ids"],
+                quant_type=aiter.QuantType.per_1x32,
+                **operands,
+                **options,
+            )[:, :HIDDEN]
+
+        if outcome is RIGHT:
+            assert torch.equal(call(), answer)
+        elif outcome is WRONG:
+            assert not relative_error(call(), answer) < 0.5
+        else:
+            with pytest.raises(outcome, match="mismatch"):
+                call()
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_untuned_shapes(era: str, device: str) -> None:
+    """Where an era's kernels that read its layout exist for tuned shapes alone, others must not reach it."""
+    with override_arch("gfx950"), aiter_double(era, tuned=False) as double:
+        layer = make_layer(device)
+        report, out = explain(**layer), fused_moe(**layer)
+        if era in "DFG":
+            assert report.backend == "aiter"
+            assert torch.equal(out, expected(double, layer))
+        else:
+            assert report.backend == "reference"
+            assert "no tuned kernel that reads 'mxfp4_moe' for 5 tokens, 4 experts" in report.passed_over["aiter"]
+            assert torch.equal(out, fused_moe(**layer, backend="reference"))
+            assert double.reads == []
+            with pytest.raises(ValueError, match="no tuned kernel"):
+                fused_moe(**layer, backend="aiter")
+
+
+# --- what its kernels would ignore or compute wrongly
+
+
+def refusals(device: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """Changes to a layer's arguments, and a part of the reason given."""
+    qdata, scale = coded(5, HIDDEN // 2), moderate_scales(5, HIDDEN // 32)
+    mask = torch.tensor([1, 1, 1, 1, 0], dtype=torch.int32)
+    bias = torch.zeros(EXPERTS, 2 * INTERMEDIATE), torch.zeros(EXPERTS, HIDDEN)
+    x = make_layer()["hidden_states"]
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "gelu": ({"activation": "gelu"}, "activation='gelu' would be computed as SiLU"),
+        "swiglu": ({"activation": "swiglu"}, "activation='swiglu' would be computed as SiLU"),
+        "w13_bias": ({"w13_bias": bias[0]}, "bias would be ignored"),
+        "w2_bias": ({"w2_bias": bias[1]}, "bias would be ignored"),
+        "swiglu_limit": ({"swiglu_limit": 7.0}, "swiglu_limit would be ignored"),
+        "expert_mask": ({"expert_mask": mask}, "expert_mask raises in these kernels, or is dropped"),
+        "doweight_stage1": ({"doweight_stage1": True}, "doweight_stage1"),
+        "hidden_scale": ({"hidden_states": qdata, "hidden_scale": scale}, "hidden_scale would be ignored"),
+        "float16": ({"hidden_states": x.half()}, "hidden_states are torch.float16, not bfloat16"),
+        "float32": ({"hidden_states": x.float()}, "hidden_states are torch.float32, not bfloat16"),
+        "out_dtype": ({"out_dtype": torch.float16}, "out_dtype is torch.float16, not bfloat16"),
+        "scale_rule": ({"activation_dtype": "mxfp4", "scale_rule": "amax4"}, "not scale_rule='amax4'"),
+    }
+    moved = {}
+    for name, (change, reason) in changes.items():
+        arguments = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in change.items()}
+        moved[name] = arguments, reason
+    return moved
+
+
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("name", refusals("cpu"))
+def test_refused_calls_are_rerouted_or_raise(era: str, name: str, device: str) -> None:
+    change, reason = refusals(device)[name]
+    with override_arch("gfx950"), aiter_double(era) as double:
+        layer = make_layer(device) | change
+        report = explain(**layer)
+        assert report.backend == "reference"
+        assert reason in report.passed_over["aiter"]
+        out = fused_moe(**layer)
+        assert torch.equal(out, fused_moe(**layer, backend="reference"))
+        with pytest.raises(ValueError, match="aiter cannot take this call: "):
+            fused_moe(**layer, backend="aiter")
+        assert double.reads == []
+        assert not layer["w13"].is_shuffled  # nothing was used, so nothing was shuffled
+
+
+def test_the_kernels_own_rule_may_be_named(device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F"):
+        layer = make_layer(device)
+        assert explain(**layer, activation_dtype="mxfp4", scale_rule="round_up").backend == "aiter"
+        assert explain(**layer, activation_dtype="mxfp4").backend == "aiter"
+
+
+def test_experts_apart_in_memory_are_not_passed_as_if_they_were_together(device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F") as double:
+        layer = make_layer(device) | {"w13": make_weight("w13", device)[::2], "w2": make_weight("w2", device)[::2]}
+        layer["topk_ids"] %= 2
+        assert "not contiguous in memory" in explain(**layer).passed_over["aiter"]
+        together = layer | {"w13": layer["w13"].clone(), "w2": layer["w2"].clone()}
+        assert torch.equal(fused_moe(**together), expected(double, layer))
+        middle = layer | {"w13": make_weight("w13", device)[1:3], "w2": make_weight("w2", device)[1:3]}
+        assert torch.equal(fused_moe(**middle), expected(double, middle))
+
+
+def test_packed_operator_refuses_layouts_that_the_kernel_does_not_read(device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F") as double:
+        layer = make_layer(device)
+        layer["w13"].shuffle_("mxfp4_separated")
+        layer["w2"].shuffle_("mxfp4_separated")
+        w13, w2 = layer["w13"], layer["w2"]
+        packed = (
+            layer["hidden_states"],
+            w13.qdata,
+            w13.scale,
+            w2.qdata,
+            w2.scale,
+            layer["topk_weight"],
+            layer["topk_ids"],
+        )
+        operator = torch.ops.shuffled_tensor.fused_moe_packed
+        separated, moe = "mxfp4_separated", "mxfp4_moe"
+        rest = (INTERMEDIATE, torch.bfloat16, "aiter")
+        assert torch.equal(operator(*packed, separated, separated, *rest), expected(double, layer))
+        for kinds in ((moe, moe), (separated, moe), ("none", separated), (separated, "none")):
+            with pytest.raises(ValueError, match="reads 'mxfp4_separated', but w"):
+                operator(*packed, *kinds, *rest)
+        assert len(double.reads) == 1
+
+
+# --- engine code that calls aiter itself
+
+
+def positional(aiter: ModuleType, layer: dict[str, Any], **changes: Any) -> Tensor:
+    scales = layer["w13"].scale, layer["w2"].scale
+    kinds = aiter.ActivationType.Silu, aiter.QuantType.per_1x32
+    out: Tensor = aiter.fused_moe.fused_moe(*layer.values(), None, *kinds, False, *scales, **changes)
+    return out
+
+
+def by_keyword(aiter: ModuleType, layer: dict[str, Any], **changes: Any) -> Tensor:
+    named = {"w1": layer["w13"], "w2": layer["w2"]} | {k: v for k, v in layer.items() if k[0] != "w"}
+    out: Tensor = aiter.fused_moe.fused_moe(**named, **({"quant_type": aiter.QuantType.per_1x32} | changes))
+    return out
+
+
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("call", [positional, by_keyword])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_drop_in(era: str, call: Callable[..., Tensor], mode: Callable[[], Any], device: str) -> None:
+    with override_arch("gfx950"), aiter_double(era) as double, mode():
+        import aiter
+
+        layer = make_layer(device)
+        answer = expected(double, layer)
+        parameters = layer | {name: torch.nn.Parameter(layer[name]) for name in ("w13", "w2")}
+        for _ in range(2):
+            assert torch.equal(call(aiter, parameters), answer)
+        assert len(double.reads) == 2
+        assert layer["w13"].shuffle_kind == KIND[era]
+        own_mode = "interleave" if era in "CE" else "separated"
+        assert torch.equal(call(aiter, parameters, gate_mode=own_mode), answer)
+        # padded as an engine pads its activations: as many columns come back
+        padded = parameters | {"hidden_states": torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))}
+        out = call(aiter, padded, hidden_pad=512 - HIDDEN, intermediate_pad=256 - INTERMEDIATE)
+        assert torch.equal(out[:, :HIDDEN], answer)
+        assert not out[:, HIDDEN:].any()
+
+
+def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
+    with override_arch("gfx950"), aiter_double("G") as double:
+        import aiter
+
+        layer = make_layer(device)
+        w13 = layer["w13"]
+        changes: dict[str, dict[str, Any]] = {
+            "gate mode": {"gate_mode": "interleave"},
+            "is_shuffled": {"is_shuffled": False},
+            "scale": {"w1_scale": w13.scale.clone()},
+            "quant type": {"quant_type": aiter.QuantType.No},
+            "block size": {"block_size_M": 32},
+            "local tokens": {"num_local_tokens": torch.tensor([3])},
+            "a2 scale": {"a2_scale": w13.scale},
+            "pads": {"hidden_pad": 32},
+            "activation": {"activation": aiter.ActivationType.Gelu},
+            "bias": {"bias1": torch.zeros(EXPERTS, 2 * INTERMEDIATE, device=device)},
+            "limit": {"swiglu_limit": 7.0},
+            "mask": {"expert_mask": torch.ones(EXPERTS, dtype=torch.int32, device=device)},
+        }
+        lines = []
+        for name, change in changes.items():
+            with pytest.raises(ValueError, match=".") as error:
+                by_keyword(aiter, layer, **change)
+            lines.append(f"{name}: {error.value}")
+        with pytest.raises(TypeError, match="w2 must be a ShuffledMXFP4Tensor as the other is, found Tensor"):
+            by_keyword(aiter, layer | {"w2": layer["w2"].qdata})
+        assert double.reads == []
+        assert by_keyword(aiter, layer, swiglu_limit=0.0, moe_sorting_dispatch_policy=1).shape == (5, HIDDEN)
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+gate mode: gate_mode='interleave' contradicts the weights: this aiter (era G) reads them as 'mxfp4_separated', which is gate_mode='separated'; leave it out
+is_shuffled: is_shuffled=False contradicts the weights, which are shuffled by the time of the call
+scale: w1_scale must be None or w1.scale itself: w1 carries its own
+quant type: quant_type must be per_1x32 for MXFP4 weights, found the value 0
+block size: block_size_M is ignored or miscomputed by the kernels behind this call; leave it out
+local tokens: num_local_tokens is ignored or miscomputed by the kernels behind this call; leave it out
+a2 scale: a2_scale is ignored or miscomputed by the kernels behind this call; leave it out
+pads: hidden_pad must be 0 or 224, by which the weights themselves are padded
+activation: aiter cannot take this call: activation='gelu' would be computed as SiLU; shuffled_tensor.fused_moe without backend= goes to another
+bias: aiter cannot take this call: a bias would be ignored; shuffled_tensor.fused_moe without backend= goes to another
+limit: aiter cannot take this call: swiglu_limit would be ignored; shuffled_tensor.fused_moe without backend= goes to another
+mask: aiter cannot take this call: expert_mask raises in these kernels, or is dropped; shuffled_tensor.fused_moe without backend= goes to another""",
+    )
+
+
+def test_another_engines_operator_in_a_few_lines() -> None:
+    library = torch.library.Library("an_engine", "FRAGMENT")
+    library.define("moe(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor ids, Tensor weights) -> Tensor")
+
+    @implements("an_engine::moe")
+    def moe(x: Tensor, w_gate_up: Tensor, w_down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return fused_moe(x, w_gate_up, w_down, weights, ids)
+
+    layer = make_layer()
+    x, w13, w2, weight, ids = layer.values()
+    assert torch.equal(torch.ops.an_engine.moe(x, w13, w2, ids, weight), fused_moe(**layer))
+    library._destroy()
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_kernel_operands(era: str, device: str) -> None:
+    with override_arch("gfx950"), aiter_double(era) as double:
+        import aiter
+
+        layer = make_layer(device)
+        answer = expected(double, layer)
+        w13, w2 = layer["w13"], layer["w2"]
+        first, second = w13.as_kernel_operands(), w2.as_kernel_operands()
+        assert type(first.weight) is Tensor
+        assert first.weight.dtype is torch.float4_e2m1fn_x2
+        assert (first.weight.data_ptr(), first.scale.data_ptr()) == (w13.qdata.data_ptr(), w13.scale.data_ptr())
+        assert torch.equal(fused_moe(**layer), answer)
+
+        def call() -> Tensor:
+            return aiter.fused_moe.fused_moe(
+                torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN)),
+                first.weight,
+                second.weight,
+                layer["topk_weight"],
+                layer["topk_ids"],
+                quant_type=aiter.QuantType.per_1x32,
+                w1_scale=first.scale,
+                w2_scale=second.scale,
+                gate_mode=first.gate_mode,
+            )[:, :HIDDEN]
+
+        assert torch.equal(call(), answer)
+        w13.copy_(make_weight("w13", device).dequantize().flip(0))  # new values reach the holder, in its layout
+        assert torch.equal(call(), expected(double, layer))
+        for change in (w13.unshuffle_, lambda: w13.detach().shuffle_(OTHER[KIND[era]])):
+            with pytest.raises(RuntimeError, match="handed out by as_kernel_operands"):
+                change()
+        assert w13.clone().unshuffle_().is_shuffled is False
+        assert getattr(second.weight, "inter_real", None) is None  # 160 is no multiple of 128
+
+
+def test_kernel_operands_where_there_is_no_aiter() -> None:
+    with pytest.raises(RuntimeError, match="cpu is cpu, and aiter's MXFP4 kernels are for gfx950"):
+        make_weight("w13").as_kernel_operands()
+    with override_arch("gfx950"), aiter_double("F"), pytest.raises(ValueError, match="not contiguous in memory"):
+        make_weight("w13")[::2].as_kernel_operands()
+
+
+def test_the_intermediate_size_is_told_where_that_helps() -> None:
+    with override_arch("gfx950"), aiter_double("F"):
+        w2 = ShuffledMXFP4Tensor(coded(1, 256, 64), moderate_scales(1, 256, 4), gate_up=False)
+        assert w2.as_kernel_operands().weight.inter_real == 128
+
+
+# --- detection
+
+
+def test_eras_are_told_apart_and_reported() -> None:
+    lines = []
+    for era in ERAS:
+        with override_arch("gfx950"), aiter_double(era):
+            lines.append(str(explain(**make_layer())))
+    assert_expected_inline(
+        "\n\n".join(lines),
+        """\
+architecture  gfx950
+aiter         of unknown version, era A: since #3470, early (57e74501a5)
+backend       aiter
+kind          mxfp4_moe
+shuffles      w13, w2
+tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
+activations   mxfp4, even
+
+architecture  gfx950
+aiter         of unknown version, era B: since 39e2ed7e8a
+backend       aiter
+kind          mxfp4_moe
+shuffles      w13, w2
+tags          is_shuffled=True, is_guinterleave=True, gate_mode='separated'
+activations   mxfp4, even
+
+architecture  gfx950
+aiter         of unknown version, era C: since #3470 as merged (d6ede4548e)
+backend       aiter
+kind          mxfp4_moe
+shuffles      w13, w2
+tags          is_shuffled=True, gate_mode='interleave'
+activations   mxfp4, even
+
+architecture  gfx950
+aiter         of unknown version, era D: since #3788 (46ecc4489d)
+backend       aiter
+kind          mxfp4_moe
+shuffles      w13, w2
+tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
+activations   mxfp4, even
+
+architecture  gfx950
+aiter         of unknown version, era E: since #3827 (05567f6668)
+backend       aiter
+kind          mxfp4_moe
+shuffles      w13, w2
+tags          is_shuffled=True, gate_mode='interleave'
+activations   mxfp4, even
+
+architecture  gfx950
+aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
+backend       aiter
+kind          mxfp4_separated
+shuffles      w13, w2
+tags          is_shuffled=True, gate_mode='separated'
+activations   mxfp4, round_up
+
+architecture  gfx950
+aiter         of unknown version, era G: since #4542 (55f4bfeb5e)
+backend       aiter
+kind          mxfp4_separated
+shuffles      w13, w2
+tags          is_shuffled=True, gate_mode='separated'
+activations   mxfp4, round_up""",
+    )
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """Puts an `aiter` with some names into sys.modules."""
+
+    def install(**names: Any) -> ModuleType:
+        aiter, module = ModuleType("aiter"), ModuleType("aiter.fused_moe")
+        aiter.fused_moe = module
+        for name, value in names.items():
+            setattr(module, name, value)
+        monkeypatch.setitem(sys.modules, "aiter", aiter)
+        monkeypatch.setitem(sys.modules, "aiter.fused_moe", module)
+        return module
+
+    return install
+
+
+def test_an_aiter_of_no_known_era(installed: Callable[..., ModuleType]) -> None:
+    installed(fused_moe=lambda a: a, get_2stage_cfgs=lambda token, model_dim: None)
+    with override_arch("gfx950"):
+        report = explain(**make_layer())
+        with pytest.raises(ValueError, match="of no era known here"):
+            fused_moe(**make_layer(), backend="aiter")
+    assert_expected_inline(
+        report.passed_over["aiter"],
+        """aiter of unknown version is of no era known here: looked for fused_moe.get_2stage_cfgs with a parameter shuffle_kind, is_guinterleave or is_shuffled, and for mxfp4_moe_gemm1_a4w4, mxfp4_moe_run and _mxfp4_a4w4_stage1_fw; get_2stage_cfgs has ['model_dim', 'token']""",
+    )
+
+
+def test_an_aiter_from_before_the_port(installed: Callable[..., ModuleType]) -> None:
+    module = installed(fused_moe=lambda hidden_states: None, get_2stage_cfgs=lambda token, is_shuffled, gate_mode: None)
+    assert backend.detect().era.name == "before #3832"
+    backend.forget(module)
+
+
+def test_no_aiter_and_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    if importlib.util.find_spec("aiter"):
+        pytest.skip("needs a machine without aiter")
+    monkeypatch.setattr(backend, "_IMPORT_FAILURE", [])
+    with override_arch("gfx950"):
+        layer = make_layer()
+        assert explain(**layer).passed_over["aiter"].startswith("aiter is not installed (its distribution is amd-aiter")
+        assert torch.equal(fused_moe(**layer), fused_moe(**layer, backend="reference"))
+        assert not layer["w13"].is_shuffled  # nobody here reads a shuffled layout
+    (tmp_path / "aiter").mkdir()
+    (tmp_path / "aiter" / "__init__.py").write_text("raise RuntimeError('ROCm version file not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backend, "_IMPORT_FAILURE", [])
+    with override_arch("gfx950"):
+        reason = explain(**make_layer()).passed_over["aiter"]
+        assert reason == "aiter does not import (RuntimeError: ROCm version file not found)"
+
+
+def test_other_architectures() -> None:
+    with override_arch("gfx942"), aiter_double("F"):
+        report = explain(**make_layer())
+        assert report.passed_over == {"aiter": "cpu is gfx942, and aiter's MXFP4 kernels are for gfx950"}
+
+
+def test_the_double_leaves_no_trace() -> None:
+    before = set(sys.modules)
+    with aiter_double("A"):
+        import aiter.fused_moe
+
+        assert callable(aiter.fused_moe.fused_moe)
+        with pytest.raises(RuntimeError, match="loaded already"), aiter_double("B"):
+            pass
+    assert {name for name in set(sys.modules) - before if "aiter" in name.split(".")[0]} == set()
+    assert not hasattr(torch.ops.aiter, "fused_moe_")
+    assert not any("aiter" in sys.modules[name].__name__.split(".")[0] for name in sys.modules if name == "aiter")
+    with pytest.raises(ValueError, match="unknown era 'H'; known eras: A, B, C, D, E, F, G"), aiter_double("H"):
+        pass

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: MIT
+"""When weights are shuffled: on first use on a gfx950 GPU, once; and never otherwise, unless asked."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+
+from shuffled_tensor import arch, explain, fused_moe, override_arch, prepare
+from shuffled_tensor.testing import aiter_double
+
+from .moe_layer import MoE, ShuffleCount, make_layer, make_weight
+
+
+@pytest.fixture
+def shuffles(monkeypatch: pytest.MonkeyPatch) -> ShuffleCount:
+    return ShuffleCount(monkeypatch)
+
+
+def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    layer = make_layer(device)
+    return layer["hidden_states"], layer["topk_weight"], layer["topk_ids"]
+
+
+def test_nothing_shuffles_unasked(shuffles: ShuffleCount, device: str) -> None:
+    """On a CPU or another GPU nothing does, and on the target neither does moving, wrapping, copying or explaining."""
+    with aiter_double("F"):
+        fused_moe(**make_layer(device))
+        with override_arch("gfx950"):
+            module = MoE().to(device).to(torch.float16).to(torch.bfloat16)
+            copied = module.w13_weight.clone()
+            module.load_state_dict(module.state_dict())
+            explain(**make_layer(device))
+            fused_moe(**make_layer(device), backend="reference")
+            assert not module.w13_weight.is_shuffled
+            assert not copied.is_shuffled
+    assert shuffles.count == 0
+
+
+def test_first_use_shuffles_once(shuffles: ShuffleCount, device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F"):
+        module = MoE(device)
+        address = module.w13_weight.qdata.data_ptr()
+        for _ in range(3):
+            module(*inputs(device))
+        assert shuffles.count == 2
+        module.load_state_dict(MoE(device).state_dict())
+        module(*inputs(device))
+        assert module.w13_weight.qdata.data_ptr() == address
+    assert shuffles.count == 2
+
+
+def test_every_alias_sees_the_new_layout(device: str) -> None:
+    with override_arch("gfx950"), aiter_double("A"):
+        weight = make_weight("w13", device)
+        parameter = nn.Parameter(weight)
+        module = nn.Module()
+        module.register_parameter("w13", parameter)
+        with torch.inference_mode():
+            seen_in_inference = weight.detach()
+        aliases = [weight, weight.detach(), parameter, module.state_dict()["w13"], weight[:], seen_in_inference]
+        expert, experts = weight[2], weight[1:3]
+        fused_moe(**(make_layer(device) | {"w13": parameter}))
+        values = make_weight("w13", device).dequantize()
+        for alias in aliases:
+            assert (alias.shuffle_kind, alias.is_shuffled) == ("mxfp4_moe", True)
+            assert torch.equal(alias.dequantize(), values)
+        assert torch.equal(expert.dequantize(), values[2])
+        assert torch.equal(experts.dequantize(), values[1:3])
+
+
+def test_eight_threads_at_once(shuffles: ShuffleCount, device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F"):
+        expected = fused_moe(**make_layer(device))
+        shuffles.count = 0
+        layer = make_layer(device)
+        barrier, outs = threading.Barrier(8), []
+
+        def call() -> None:
+            stream = torch.cuda.Stream() if device == "cuda" else None
+            barrier.wait()
+            with torch.cuda.stream(stream):
+                outs.append(fused_moe(**layer))
+            if stream is not None:
+                stream.synchronize()
+
+        threads = [threading.Thread(target=call) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert shuffles.count == 2
+    assert len(outs) == 8
+    assert all(torch.equal(out, expected) for out in outs)
+
+
+def test_being_flattened_for_the_compiler_is_a_first_use(shuffles: ShuffleCount, device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F"):
+        expected = MoE(device)(*inputs(device))
+        shuffles.count = 0
+        module = MoE(device)
+        before = module.state_dict()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            assert torch.equal(compiled(*inputs(device)), expected)
+        assert shuffles.count == 2
+        assert before["w13_weight"].is_shuffled
+        module.w13_weight.__tensor_flatten__()
+    assert shuffles.count == 2
+
+
+def test_another_kind_is_laid_out_anew_where_the_target_was_open(device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F"):
+        expected = fused_moe(**make_layer(device))
+        for kinds in (("mxfp4_moe", "mxfp4_moe"), ("mxfp4_moe", None), (None, "mxfp4_separated")):
+            layer = make_layer(device)
+            for name, kind in zip(("w13", "w2"), kinds, strict=True):
+                if kind is not None:
+                    layer[name].shuffle_(kind)
+            assert torch.equal(fused_moe(**layer), expected)
+            assert layer["w13"].shuffle_kind == layer["w2"].shuffle_kind == "mxfp4_separated"
+
+
+@pytest.mark.parametrize("fixed", ["w13", "w2"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_fixed_kind_that_nobody_reads_is_an_error(fixed: str, shuffled: bool, device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F") as double:
+        layer = make_layer(device) | {fixed: make_weight(fixed, device, kind="mxfp4_moe")}
+        if shuffled:
+            layer[fixed].shuffle_()
+        for function in (fused_moe, explain):
+            with pytest.raises(ValueError, match="made for shuffle_kind='mxfp4_moe', but .* reads 'mxfp4_separated'"):
+                function(**layer)
+        assert [layer[name].is_shuffled for name in ("w13", "w2") if name != fixed] == [False]
+        assert layer[fixed].is_shuffled == shuffled
+        assert double.reads == []
+        fused_moe(**layer, backend="reference")
+
+
+def test_a_fixed_kind_is_shuffled_into_without_aiter(device: str) -> None:
+    module = nn.Module()
+    module.register_parameter("w2", nn.Parameter(make_weight("w2", device, kind="mxfp4_moe")))
+    prepare(module)
+    assert not module.w2.is_shuffled
+    with override_arch("gfx950"):
+        prepare(module)
+    assert module.w2.is_shuffled
+
+
+def test_bad_arguments_are_found_before_anything_is_shuffled(device: str) -> None:
+    with override_arch("gfx950"), aiter_double("F"):
+        layer = make_layer(device)
+        with pytest.raises(TypeError, match="topk_ids must be"):
+            fused_moe(**(layer | {"topk_ids": layer["topk_ids"].float()}))
+        assert not layer["w13"].is_shuffled
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_prepare(progress: bool, shuffles: ShuffleCount, device: str, caplog: pytest.LogCaptureFixture) -> None:
+    with override_arch("gfx950"), aiter_double("F"), caplog.at_level(logging.INFO, "shuffled_tensor"):
+        expected = MoE(device)(*inputs(device))
+        shuffles.count = 0
+        model = nn.Sequential(MoE(device), MoE(device), nn.Linear(2, 2))
+        model[1].w2_weight = model[0].w2_weight  # tied
+        assert prepare(model, progress=progress) is model
+        assert shuffles.count == 3
+        prepare(model)
+        assert torch.equal(model[1](*inputs(device)), expected)
+    assert shuffles.count == 3
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("prepared 3 MXFP4 weights (3 mxfp4_separated): shuffled 0.00 GiB in ")
+    assert second.startswith("prepared 3 MXFP4 weights (3 mxfp4_separated): shuffled 0.00 GiB in ")
+
+
+def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    with override_arch("gfx950"), aiter_double("F"), caplog.at_level(logging.WARNING, "shuffled_tensor"):
+        for _ in range(2):
+            fused_moe(**make_layer(device), swiglu_limit=123.0, activation="gelu")
+            fused_moe(**make_layer(device))
+    messages = [record.getMessage() for record in caplog.records]
+    reason = "activation='gelu' would be computed as SiLU"
+    assert messages in ([], [f"fused_moe goes to the reference backend, not to aiter: {reason}"])
+
+
+def test_override_arch() -> None:
+    assert arch("cpu") == "cpu"
+    with override_arch("gfx950"):
+        assert (arch("cpu"), arch("cuda:1"), arch("meta")) == ("gfx950", "gfx950", "meta")
+        with override_arch("gfx942", "cuda:1"):
+            assert (arch("cuda:0"), arch("cuda:1")) == ("gfx950", "gfx942")
+            with override_arch("sm_90", "cuda"):
+                assert (arch("cuda:1"), arch("cpu")) == ("sm_90", "gfx950")
+    assert arch("cpu") == "cpu"
+
+
+def test_importing_the_package_imports_neither_aiter_nor_triton() -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); import shuffled_tensor; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "['einops', 'shuffled_tensor']"
+
+
+def test_doctor() -> None:
+    def run() -> str:
+        from shuffled_tensor.report import doctor
+
+        return doctor().replace(torch.__version__, "<version>")
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU: its report is shown here")
+    with aiter_double("F"):
+        plain = run()
+        with override_arch("gfx950"):
+            target = run()
+    assert_expected_inline(
+        f"{plain}\n\n{target}",
+        """\
+torch         <version>
+aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
+cpu           cpu
+  aiter       no: cpu is cpu, and aiter's MXFP4 kernels are for gfx950
+  reference   yes, reads any layout
+kinds         'none', 'mxfp4_moe', 'mxfp4_separated'
+to change     nothing: no device here is gfx950, and the reference backend runs everything
+
+torch         <version>
+aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
+cpu           gfx950
+  aiter       yes, reads 'mxfp4_separated'
+  reference   yes, reads any layout
+kinds         'none', 'mxfp4_moe', 'mxfp4_separated'
+to change     nothing: weights are shuffled on first use""",
+    )
+    with override_arch("gfx950"):
+        assert "install or repair aiter" in run()
+    command = [sys.executable, "-m", "shuffled_tensor", "doctor"]
+    assert "torch  " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_capturing_a_graph_before_first_use_is_refused(device: str) -> None:
+    if device != "cuda":
+        pytest.skip("needs --device cuda")
+    with override_arch("gfx950"), aiter_double("F"):
+        weight = make_weight("w13", device)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="prepare"), torch.cuda.graph(graph):
+            weight.shuffle_("mxfp4_separated")
+        assert not weight.is_shuffled
+
+
+def test_relayout_of_a_view_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        weight = make_weight("w13")
+        weight.shuffle_("mxfp4_moe")
+    weight.shuffle_("mxfp4_separated")
+    assert torch.equal(weight.dequantize(), make_weight("w13").dequantize())
