@@ -212,7 +212,9 @@ def test_experts_apart_in_memory_are_not_passed_as_if_they_were_together(device:
     with override_arch("gfx950"), aiter_double("F") as double:
         layer = make_layer(device) | {"w13": make_weight("w13", device)[::2], "w2": make_weight("w2", device)[::2]}
         layer["topk_ids"] %= 2
-        assert "not contiguous in memory" in explain(**layer).passed_over["aiter"]
+        for name in ("w13", "w2"):
+            one = layer | {other: layer[other].clone() for other in ("w13", "w2") if other != name}
+            assert f"experts of {name} are not contiguous in memory" in explain(**one).passed_over["aiter"]
         together = layer | {"w13": layer["w13"].clone(), "w2": layer["w2"].clone()}
         assert torch.equal(fused_moe(**together), expected(double, layer))
         middle = layer | {"w13": make_weight("w13", device)[1:3], "w2": make_weight("w2", device)[1:3]}
@@ -279,6 +281,7 @@ def test_drop_in(era: str, call: Callable[..., Tensor], mode: Callable[[], Any],
         # padded as an engine pads its activations: as many columns come back
         padded = parameters | {"hidden_states": torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))}
         out = call(aiter, padded, hidden_pad=512 - HIDDEN, intermediate_pad=256 - INTERMEDIATE)
+        assert out.shape == (5, 512)
         assert torch.equal(out[:, :HIDDEN], answer)
         assert not out[:, HIDDEN:].any()
 
@@ -353,6 +356,7 @@ def test_kernel_operands(era: str, device: str) -> None:
         answer = expected(double, layer)
         w13, w2 = layer["w13"], layer["w2"]
         first, second = w13.as_kernel_operands(), w2.as_kernel_operands()
+        assert w13.as_kernel_operands().scale is first.scale
         assert type(first.weight) is Tensor
         assert first.weight.dtype is torch.float4_e2m1fn_x2
         assert (first.weight.data_ptr(), first.scale.data_ptr()) == (w13.qdata.data_ptr(), w13.scale.data_ptr())
