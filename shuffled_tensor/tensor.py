@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -314,6 +315,20 @@ class ShuffledMXFP4Tensor(Tensor):
         if rank == 2:
             qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
         return cls._wrap(PackedStorage(qdata, scale, geometry, kind, target), range(len(qdata)), rank, dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What distinguishes a compiled artefact in torch's caches: layout and sizes, and who would run it."""
+        _, context = self.__tensor_flatten__()
+        inner = [(tuple(part.shape), part.stride()) for part in (self.qdata, self.scale)]
+        known = (
+            type(self).__qualname__,
+            tuple(self.shape),
+            context,
+            inner,
+            self.device,
+            backends.fingerprint(self.device),
+        )
+        return hashlib.sha256(repr(known).encode()).hexdigest()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -71,6 +71,11 @@ def kind_at_first_use(device: torch.device, target: ShuffleKind | None) -> Shuff
     return target or aiter.kind(device)
 
 
+def fingerprint(device: torch.device) -> str:
+    """What `select` depends on beside the call: compiled code made under another one is not reused."""
+    return f"{arch(device)}, {aiter.unusable(device) or aiter.detect().era.name}"
+
+
 def warn_when_passed_over(choice: Choice, device: torch.device) -> None:
     """On the GPU that aiter is for, another backend is slow enough to be worth a line in the log, once a reason."""
     if "aiter" in choice.passed_over and arch(device) == aiter.ARCH:
