@@ -88,6 +88,18 @@ def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> Shuffled
     return _map_bytes(self, lambda data: data.index_select(0, index))
 
 
+@implements(aten.empty_like.default, aten.zeros_like.default)
+def zeros_like(
+    self: ShuffledMXFP4Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **ignored: Any
+) -> ShuffledMXFP4Tensor:
+    """Zeros in the same layout: what is not written yet (after ``Module.to_empty``) is defined all the same."""
+    check_logical_dtype(dtype or self.dtype)
+    qdata, scale = self._storage.select(self._experts)
+    zeros = torch.zeros(qdata.shape, dtype=torch.uint8, device=device or qdata.device)
+    ones = torch.full(scale.shape, 127, dtype=torch.uint8, device=device or scale.device)
+    return self._like(self._storage.with_bytes(zeros, ones), dtype=dtype)
+
+
 # --- new values
 
 

@@ -16,7 +16,8 @@ _OVERRIDES: list[tuple[torch.device | None, str]] = []
 
 def arch(device: torch.device | str) -> str:
     """``"gfx950"``, ``"gfx942"``, ``"sm_90"``, or the device's type where that says all (``"cpu"``)."""
-    device = torch.device(device)
+    if isinstance(device, str):
+        device = torch.device(device)
     for scope, name in reversed(_OVERRIDES):
         if device.type in ("cpu", "cuda") if scope is None else _covers(scope, device):
             return name

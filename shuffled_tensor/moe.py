@@ -82,7 +82,7 @@ class MoECall:
     def check(self) -> None:
         """Raise ValueError or TypeError for what no backend could compute; looks at shapes, dtypes and devices only,
         never at data."""
-        experts, hidden, intermediate = len(self.w13_qdata), self.hidden, self.intermediate
+        experts, hidden, intermediate = self.w13_qdata.shape[0], self.hidden, self.intermediate
         tokens = self.hidden_states.shape[0] if self.hidden_states.dim() == 2 else None
         if tokens is None:
             raise ValueError(f"hidden_states must be [tokens, K], found shape {list(self.hidden_states.shape)}")
@@ -114,7 +114,7 @@ class MoECall:
                 _check_dtype(name, bias, _HIDDEN_DTYPES)
         if self.expert_mask is not None:
             _check_dtype("expert_mask", self.expert_mask, (torch.int32,))
-            if self.expert_mask.dim() != 1 or len(self.expert_mask) < experts:
+            if self.expert_mask.dim() != 1 or self.expert_mask.shape[0] < experts:
                 raise ValueError(
                     "expert_mask must be [global experts], 1 where local, found shape "
                     f"{list(self.expert_mask.shape)} for {experts} local experts"

@@ -88,23 +88,23 @@ def fused_moe(
         TypeError, ValueError: arguments that do not fit each other or are not known; the message says what was found
             and what is accepted.
     """
-    return torch.ops.shuffled_tensor.fused_moe(  # type: ignore[no-any-return]
+    return torch.ops.shuffled_tensor.fused_moe.default(  # type: ignore[no-any-return]
         hidden_states,
         w13,
         w2,
         topk_weight,
         topk_ids,
-        activation=activation,
-        w13_bias=w13_bias,
-        w2_bias=w2_bias,
-        expert_mask=expert_mask,
-        doweight_stage1=doweight_stage1,
-        swiglu_limit=swiglu_limit,
-        hidden_scale=hidden_scale,
-        activation_dtype=activation_dtype,
-        scale_rule=scale_rule,
-        out_dtype=out_dtype,
-        backend=backend,
+        out_dtype,
+        backend,
+        hidden_scale,
+        activation,
+        w13_bias,
+        w2_bias,
+        expert_mask,
+        doweight_stage1,
+        swiglu_limit,
+        activation_dtype,
+        scale_rule,
     )
 
 
@@ -225,8 +225,13 @@ def _no_gradient(*args: Any) -> NoReturn:
     )
 
 
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+    raise NotImplementedError("fused_moe has no vmap rule; flatten the batch into tokens, [batch * tokens, K]")
+
+
 _LIBRARY.impl("fused_moe", _plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("fused_moe_packed", _packed, "CompositeExplicitAutograd")
 torch.library.register_fake("shuffled_tensor::fused_moe_packed", _packed_fake, lib=_LIBRARY)
 for _operator in ("shuffled_tensor::fused_moe", "shuffled_tensor::fused_moe_packed"):
     torch.library.register_autograd(_operator, _no_gradient, lib=_LIBRARY)
+    torch.library.register_vmap(_operator, _no_vmap, lib=_LIBRARY)

@@ -7,8 +7,7 @@ import ctypes
 import hashlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +40,7 @@ _PINNED = (
 )
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Logical and padded sizes of one expert: ``rows`` is N and ``columns`` K, both logical."""
 
     rows: int
@@ -200,7 +198,7 @@ class PackedStorage:
 
     def select(self, experts: range) -> tuple[Tensor, Tensor]:
         """Codes and scales of some experts, as they lie: views."""
-        if experts == range(len(self.qdata)):
+        if len(experts) == self.qdata.shape[0]:
             return self.qdata, self.scale
         window = slice(experts.start, experts.stop, experts.step)
         return self.qdata[window], self.scale[window]

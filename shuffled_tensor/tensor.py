@@ -89,6 +89,8 @@ class ShuffledMXFP4Tensor(Tensor):
 
     _storage: PackedStorage
     _experts: range
+    _index: int | slice | None
+    """What takes this tensor's experts out of the storage's; None where they are all of them."""
     _carried: dict[str, Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -155,6 +157,12 @@ class ShuffledMXFP4Tensor(Tensor):
             )
         self._storage = storage
         self._experts = experts
+        if rank == 2:
+            self._index = experts[0]
+        elif len(experts) < storage.qdata.shape[0]:
+            self._index = slice(experts.start, experts.stop, experts.step)
+        else:
+            self._index = None
         return self
 
     def _like(
@@ -173,16 +181,15 @@ class ShuffledMXFP4Tensor(Tensor):
     def qdata(self) -> Tensor:
         """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
         the storage."""
-        return self._part(self._storage.select(self._experts)[0])
+        data = self._storage.qdata
+        return data if self._index is None else data[self._index]
 
     @property
     def scale(self) -> Tensor:
         """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
         the storage."""
-        return self._part(self._storage.select(self._experts)[1])
-
-    def _part(self, data: Tensor) -> Tensor:
-        return data[0] if self.dim() == 2 else data
+        data = self._storage.scale
+        return data if self._index is None else data[self._index]
 
     @property
     def gate_up(self) -> bool:
@@ -292,9 +299,8 @@ class ShuffledMXFP4Tensor(Tensor):
 
     def user_attributes(self) -> dict[str, Any]:
         """What others have set on this object (``weight_loader``, ``_is_param``)."""
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_storage", "_experts", "_carried")
-        }
+        own = ShuffledMXFP4Tensor.__annotations__
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
@@ -327,6 +333,7 @@ class ShuffledMXFP4Tensor(Tensor):
             inner,
             self.device,
             backends.fingerprint(self.device),
+            str(torch.ops.shuffled_tensor.fused_moe_packed.default._schema),  # of another version of this package
         )
         return hashlib.sha256(repr(known).encode()).hexdigest()
 

@@ -207,21 +207,27 @@ def refuse(call: MoECall) -> str | None:
         return reason
     installed = detect()
     rule = installed.era.scale_rule
-    for found, reason in (
-        (call.activation != "silu", f"activation={call.activation!r} would be computed as SiLU"),
-        (call.w13_bias is not None or call.w2_bias is not None, "a bias would be ignored"),
-        (call.swiglu_limit is not None, "swiglu_limit would be ignored"),
-        (call.expert_mask is not None, "expert_mask raises in these kernels, or is dropped"),
-        (call.doweight_stage1, "doweight_stage1 has no kernel that reads this layout"),
-        (call.hidden_scale is not None, "hidden_scale would be ignored"),
-        (call.hidden_states.dtype is not torch.bfloat16, f"hidden_states are {call.hidden_states.dtype}, not bfloat16"),
-        (call.out_dtype is not torch.bfloat16, f"out_dtype is {call.out_dtype}, not bfloat16"),
-        (call.scale_rule not in (None, rule), f"its kernels quantise by {rule!r}, not scale_rule={call.scale_rule!r}"),
-        (not call.w13_qdata.is_contiguous(), "the experts of w13 are not contiguous in memory; .clone() them"),
-        (not call.w2_qdata.is_contiguous(), "the experts of w2 are not contiguous in memory; .clone() them"),
-    ):
-        if found:
-            return reason
+    if call.activation != "silu":
+        return f"activation={call.activation!r} would be computed as SiLU"
+    if call.w13_bias is not None or call.w2_bias is not None:
+        return "a bias would be ignored"
+    if call.swiglu_limit is not None:
+        return "swiglu_limit would be ignored"
+    if call.expert_mask is not None:
+        return "expert_mask raises in these kernels, or is dropped"
+    if call.doweight_stage1:
+        return "doweight_stage1 has no kernel that reads this layout"
+    if call.hidden_scale is not None:
+        return "hidden_scale would be ignored"
+    if call.hidden_states.dtype is not torch.bfloat16:
+        return f"hidden_states are {call.hidden_states.dtype}, not bfloat16"
+    if call.out_dtype is not torch.bfloat16:
+        return f"out_dtype is {call.out_dtype}, not bfloat16"
+    if call.scale_rule not in (None, rule):
+        return f"its kernels quantise by {rule!r}, not scale_rule={call.scale_rule!r}"
+    for name, qdata in (("w13", call.w13_qdata), ("w2", call.w2_qdata)):
+        if not qdata.is_contiguous():
+            return f"the experts of {name} are not contiguous in memory; .clone() them"
     return _untuned(call, installed)
 
 
