@@ -8,6 +8,7 @@ from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight, 
 from shuffled_tensor.mxfp4 import SCALE_RULES, dequantize, quantize
 from shuffled_tensor.ops import fused_moe
 from shuffled_tensor.prepare import prepare
+from shuffled_tensor.refit import refit
 from shuffled_tensor.report import Explanation, explain
 from shuffled_tensor.tensor import KernelOperands, ShuffledMXFP4Tensor, implements
 
@@ -25,6 +26,7 @@ __all__ = [
     "override_arch",
     "prepare",
     "quantize",
+    "refit",
     "shuffle_scale",
     "shuffle_weight",
     "unshuffle_scale",

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: MIT
 """What each aten operation does to a :class:`ShuffledMXFP4Tensor`: the rows of
-:data:`shuffled_tensor.tensor.OPERATIONS`."""
+:data:`shuffled_tensor.tensor.OPERATIONS`. A handler's docstring is its line in OPERATIONS.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
+from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.tensor import OPERATIONS, ShuffledMXFP4Tensor, check_logical_dtype, implements
 
 aten = torch.ops.aten
+
+_AXES = ("experts", "rows", "columns")
 
 
 # --- the same bytes, seen again
@@ -23,26 +27,63 @@ aten = torch.ops.aten
 
 @implements(aten.detach.default, aten.alias.default)
 def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
-    out = self._like(self._storage, experts=self._experts)
+    """Another tensor over the same bytes."""
+    out = self._view()
     out.__dict__.update(self.__dict__.get("_carried", {}))
     return out
 
 
 @implements(aten.select.int)
 def select(self: ShuffledMXFP4Tensor, dim: int, index: int) -> ShuffledMXFP4Tensor:
-    _check_expert_dim(self, dim, "select")
+    """A view of one expert; of one row or column it is refused."""
+    if _axis(self, dim) != "experts":
+        raise NotImplementedError(
+            f"select along dim {dim} of a ShuffledMXFP4Tensor of shape {list(self.shape)}: a single row or "
+            "column is no "
+            "weight; take a slice of length 1, or call .dequantize()"
+        )
     if not -len(self) <= index < len(self):
         raise IndexError(f"expert {index} is out of range for a tensor of {len(self)} experts")
-    expert = self._experts[index]
-    return self._like(self._storage, experts=range(expert, expert + 1), rank=2)
+    expert = self._window.experts[index]
+    return self._view(rank=2, experts=range(expert, expert + 1))
 
 
 @implements(aten.slice.Tensor)
 def slice_(
     self: ShuffledMXFP4Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> ShuffledMXFP4Tensor:
-    _check_expert_dim(self, dim, "slice")
-    return self._like(self._storage, experts=self._experts[start:end:step])
+    """A view of experts, rows or columns (at multiples of 32) that can be read and written in any layout."""
+    axis = _axis(self, dim)
+    part = getattr(self._window, axis)[start:end:step]
+    if axis != "experts" and step != 1:
+        raise NotImplementedError(f"{axis} of a ShuffledMXFP4Tensor are sliced without steps; call .dequantize()")
+    if axis == "columns" and (part.start % mxfp4.BLOCK or part.stop % mxfp4.BLOCK):
+        raise ValueError(
+            f"columns {part.start}..{part.stop} cut through a block of {mxfp4.BLOCK} that shares a scale; "
+            f"slice at multiples of {mxfp4.BLOCK}, or call .dequantize()"
+        )
+    return self._view(**{axis: part})
+
+
+@implements(aten.split.Tensor)
+def split(self: ShuffledMXFP4Tensor, split_size: int, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
+    """Views, as slicing gives them."""
+    return [slice_(self, dim, start, start + split_size) for start in range(0, self.shape[dim], split_size)]
+
+
+@implements(aten.split_with_sizes.default)
+def split_with_sizes(self: ShuffledMXFP4Tensor, split_sizes: list[int], dim: int = 0) -> list[ShuffledMXFP4Tensor]:
+    """Views, as slicing gives them."""
+    if sum(split_sizes) != self.shape[dim]:
+        raise ValueError(f"split sizes {list(split_sizes)} do not add up to the {self.shape[dim]} of dim {dim}")
+    ends = [sum(split_sizes[: place + 1]) for place in range(len(split_sizes))]
+    return [slice_(self, dim, end - size, end) for size, end in zip(split_sizes, ends, strict=True)]
+
+
+@implements(aten.unbind.int)
+def unbind(self: ShuffledMXFP4Tensor, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
+    """Views of the experts, one by one."""
+    return [select(self, dim, index) for index in range(self.shape[dim])]
 
 
 # --- the same values, in bytes of their own; the layout is kept
@@ -50,6 +91,7 @@ def slice_(
 
 @implements(aten.clone.default)
 def clone(self: ShuffledMXFP4Tensor, *, memory_format: torch.memory_format | None = None) -> ShuffledMXFP4Tensor:
+    """A copy in the same layout."""
     return _map_bytes(self, partial(Tensor.clone, memory_format=torch.contiguous_format))
 
 
@@ -62,6 +104,7 @@ def to_copy(
     non_blocking: bool = False,
     **ignored: Any,
 ) -> ShuffledMXFP4Tensor:
+    """A copy in the same layout, on another device or of another logical dtype; the codes stay."""
     # `ignored`: layout, pin_memory and memory_format, which the `to` of a strided tensor fills with their defaults
     check_logical_dtype(dtype or self.dtype)
     out = _map_bytes(self, lambda data: data.to(device or data.device, non_blocking=non_blocking, copy=True), dtype)
@@ -73,19 +116,36 @@ def to_copy(
 
 @implements(aten.index.Tensor)
 def index(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> ShuffledMXFP4Tensor:
-    if len(indices) != 1 or indices[0] is None or indices[0].dim() != 1:
-        raise NotImplementedError(
-            "a ShuffledMXFP4Tensor is indexed by one vector, along its experts; call .dequantize() to index "
-            "rows and columns"
-        )
-    _check_expert_dim(self, 0, "index")
-    return _map_bytes(self, lambda data: data[indices[0]])
+    """A copy of the experts that one vector picks."""
+    picked = _expert_vector(self, indices)
+    return _map_bytes(self, lambda data: data[picked])
 
 
 @implements(aten.index_select.default)
 def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> ShuffledMXFP4Tensor:
-    _check_expert_dim(self, dim, "index_select")
+    """A copy of the experts that a vector picks."""
+    _check_experts(self, dim, "index_select")
     return _map_bytes(self, lambda data: data.index_select(0, index))
+
+
+@implements(aten.cat.default)
+def cat(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
+    """Experts of several tensors behind each other, in the layout of the first; formats and shapes are checked."""
+    first = _first_of(tensors)
+    _check_experts(first, dim, "cat")
+    return _joined(first, tensors)
+
+
+@implements(aten.stack.default)
+def stack(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
+    """Single experts to one tensor, in the layout of the first; formats and shapes are checked."""
+    first = _first_of(tensors)
+    if first.dim() != 2 or dim not in (0, -3):
+        raise NotImplementedError(
+            "experts [N, K] are stacked along dim 0; tensors of several experts are joined by torch.cat"
+        )
+    joined = _joined(first, tensors)
+    return joined._view(rank=3)
 
 
 @implements(aten.empty_like.default, aten.zeros_like.default)
@@ -94,10 +154,10 @@ def zeros_like(
 ) -> ShuffledMXFP4Tensor:
     """Zeros in the same layout: what is not written yet (after ``Module.to_empty``) is defined all the same."""
     check_logical_dtype(dtype or self.dtype)
-    qdata, scale = self._storage.select(self._experts)
+    qdata, scale = _bytes_of(self)
     zeros = torch.zeros(qdata.shape, dtype=torch.uint8, device=device or qdata.device)
     ones = torch.full(scale.shape, 127, dtype=torch.uint8, device=device or scale.device)
-    return self._like(self._storage.with_bytes(zeros, ones), dtype=dtype)
+    return self._like(self._storage.with_bytes(zeros, ones), dtype)
 
 
 # --- new values
@@ -105,28 +165,65 @@ def zeros_like(
 
 @implements(aten.copy_.default)
 def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copies values: the destination keeps its layout, its address and its pads. Floating-point values are quantised
-    with the default rule of `quantize`."""
+    """Copies values; the destination keeps layout, address and pads. Floating point is quantised (rule ``even``)."""
     if not isinstance(self, ShuffledMXFP4Tensor):
         assert isinstance(source, ShuffledMXFP4Tensor)  # else nobody would have called
         return self.copy_(source.dequantize())
     if source.shape != self.shape:
         raise ValueError(f"copy_ takes values of shape {list(self.shape)}, found shape {list(source.shape)}")
+    storage, window = self._storage, self._window
     if isinstance(source, ShuffledMXFP4Tensor):
-        if (self._storage.kind, self._storage.geometry) == (source._storage.kind, source._storage.geometry):
-            self.qdata.copy_(source.qdata, non_blocking)
-            self.scale.copy_(source.scale, non_blocking)
+        if _same_bytes(self, source):
+            for own, other in zip(_bytes_of(self), _bytes_of(source), strict=True):
+                own.copy_(other, non_blocking)
         else:
-            for place, experts in self._storage.chunks(self._experts):
-                self._storage.write(experts, *source._storage.canonical(source._experts[place]))
+            for place, experts in storage.chunks(window.experts):
+                part = source._window._replace(experts=source._window.experts[place])
+                storage.write(window._replace(experts=experts), *source._storage.read(part))
     elif source.is_floating_point() and source.element_size() > 1:
-        for place, experts in self._storage.chunks(self._experts):
-            self._storage.write(experts, *mxfp4.quantize(source.reshape(len(self._experts), *self.shape[-2:])[place]))
+        self.refit_from_hp_(source)
     else:
         raise TypeError(
-            f"copy_ takes a ShuffledMXFP4Tensor or floating-point values, found {source.dtype}; "
-            f"packed bytes become one with ShuffledMXFP4Tensor(qdata, scale, gate_up={self.gate_up}, ...)"
+            f"copy_ takes a ShuffledMXFP4Tensor or floating-point values, found {source.dtype}; packed bytes are "
+            "written "
+            "through .qdata_view and .scale_view, or become a ShuffledMXFP4Tensor(qdata, scale, "
+            f"gate_up={self.gate_up})"
         )
+    storage.written_whole(window)
+    return self
+
+
+@implements(aten.index_copy_.default)
+def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
+    """Experts written over others, weight and scale together, in any layout."""
+    _check_experts(self, dim, "index_copy_")
+    chosen = index.tolist()
+    if len(set(chosen)) != len(chosen) or source.shape[0] != len(chosen):
+        raise ValueError(
+            f"index_copy_ takes {len(chosen)} different experts and as many values, found {source.shape[0]}"
+        )
+    targets = [select(self, 0, expert) for expert in chosen]
+    for target, values in zip(targets, source.unbind(0), strict=True):
+        copy_(target, values)
+    return self
+
+
+@implements(aten.index_put_.default)
+def index_put_(
+    self: ShuffledMXFP4Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
+) -> ShuffledMXFP4Tensor:
+    """``w[vector] = values``: experts written over others, in any layout."""
+    picked = _expert_vector(self, indices)
+    if accumulate:
+        raise NotImplementedError("MXFP4 codes are not accumulated into; .dequantize(), add, and copy_ back")
+    picked = picked.nonzero().flatten() if picked.dtype is torch.bool else picked
+    return index_copy_(self, 0, picked, values.expand(picked.shape[0], *self.shape[1:]))
+
+
+@implements(aten.zero_.default)
+def zero_(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
+    """Zero codes and scales of 1, in any layout."""
+    copy_(self, self.new_zeros(self.shape, dtype=torch.float32))
     return self
 
 
@@ -134,6 +231,7 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _on_values(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Computed on a plain copy of the values; writing to the result changes nothing here."""
     # Outside inference mode, because what a view operator returns must be able to have the version counter of its base.
     # Autograd is above, not here.
     with torch.inference_mode(False), torch.no_grad():
@@ -143,6 +241,7 @@ def _on_values(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> An
 for _operator in (
     aten.equal.default,
     aten.allclose.default,
+    aten.isclose.default,
     aten.linear.default,
     aten.matmul.default,
     aten.mm.default,
@@ -162,19 +261,178 @@ for _operator in (
     OPERATIONS[_operator] = partial(_on_values, _operator)
 
 
+# --- plain tensors made beside ours, and facts about it
+
+
+def _plain(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A plain tensor of the logical dtype, beside ours."""
+    like = torch.empty((), dtype=self.dtype, device=self.device)
+    return operator(like, *args, **kwargs)
+
+
+for _operator in (aten.new_zeros.default, aten.new_empty.default, aten.new_full.default, aten.new_ones.default):
+    OPERATIONS[_operator] = partial(_plain, _operator)
+
+
+@implements(aten.is_pinned.default)
+def is_pinned(self: ShuffledMXFP4Tensor, device: torch.device | None = None) -> bool:
+    """Whether the packed bytes are in page-locked memory."""
+    return all(data.is_pinned() for data in _bytes_of(self))
+
+
+@implements(aten._pin_memory.default, aten.pin_memory.default)
+def pin_memory(self: ShuffledMXFP4Tensor, device: torch.device | None = None) -> ShuffledMXFP4Tensor:
+    """A copy in page-locked memory, in the same layout."""
+    return _map_bytes(self, Tensor.pin_memory)
+
+
+# --- refused, with what to do instead
+
+REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload, ...], str]] = {
+    "changes size or memory under the layout": (
+        (
+            aten.set_.source_Tensor,
+            aten.set_.source_Storage,
+            aten.set_.source_Storage_storage_offset,
+            aten.set_.default,
+            aten.resize_.default,
+            aten.as_strided.default,
+        ),
+        "make a new tensor, or write values with copy_",
+    ),
+    "reorders values that share a scale": (
+        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
+        "its shape is [experts, N, K]; call .dequantize() for another",
+    ),
+    "computes in place": (
+        (
+            aten.add_.Tensor,
+            aten.sub_.Tensor,
+            aten.mul_.Tensor,
+            aten.div_.Tensor,
+            aten.fill_.Scalar,
+            aten.normal_.default,
+            aten.uniform_.default,
+        ),
+        "compute on .dequantize(), and copy_ the result back, which quantises it",
+    ),
+    "computes elementwise": (
+        (
+            aten.add.Tensor,
+            aten.sub.Tensor,
+            aten.mul.Tensor,
+            aten.div.Tensor,
+            aten.eq.Tensor,
+            aten.ne.Tensor,
+            aten.sum.default,
+            aten.mean.default,
+            aten.abs.default,
+            aten._local_scalar_dense.default,
+        ),
+        "call .dequantize() for a plain tensor; torch.equal and torch.allclose compare values",
+    ),
+}
+
+
+def _refuse(why: str, remedy: str, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError(
+        f"{operator} {why} of a ShuffledMXFP4Tensor, whose bytes are packed MXFP4: {remedy}; .dequantize() is plain"
+    )
+
+
+for _why, (_operators, _remedy) in REFUSED.items():
+    for _operator in _operators:
+        OPERATIONS[_operator] = partial(_refuse, _why, _remedy, _operator)
+
+
+# --- helpers
+
+
+def _bytes_of(self: ShuffledMXFP4Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales ``[E, ...]`` as they lie: views, or for a view of rows or columns a copy in the same kind."""
+    if self.is_part_of_experts:
+        own = _materialized(self)
+        return own.qdata, own.scale
+    return self._storage.select(self._window.experts)
+
+
+def _materialized(self: ShuffledMXFP4Tensor) -> PackedStorage:
+    """A view of rows or columns as a storage of its own, in the same kind. Only whole experts keep gate and up
+    apart."""
+    storage = self._storage
+    gate_up = storage.geometry.gate_up and len(self._window.rows) == storage.geometry.rows
+    qdata, scale = (part.contiguous() for part in storage.read(self._window))
+    own = PackedStorage.pack(qdata, scale, gate_up=gate_up, interleaved=False, target=storage.target)
+    own.relayout_(storage.kind)
+    return own
+
+
 def _map_bytes(
     self: ShuffledMXFP4Tensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
 ) -> ShuffledMXFP4Tensor:
-    """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must not mix or
-    share."""
-    qdata, scale = (function(data) for data in self._storage.select(self._experts))
-    return self._like(self._storage.with_bytes(qdata, scale), dtype=dtype)
+    """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must not mix."""
+    storage = _materialized(self) if self.is_part_of_experts else self._storage
+    experts = range(storage.qdata.shape[0]) if self.is_part_of_experts else self._window.experts
+    qdata, scale = (function(data) for data in storage.select(experts))
+    return self._like(storage.with_bytes(qdata, scale), dtype)
 
 
-def _check_expert_dim(self: ShuffledMXFP4Tensor, dim: int, name: str) -> None:
-    if self.dim() == 2 or dim not in (0, -3):
+def _same_bytes(self: ShuffledMXFP4Tensor, other: ShuffledMXFP4Tensor) -> bool:
+    """Whether equal values are equal bytes."""
+    own, others = self._storage, other._storage
+    whole = not (self.is_part_of_experts or other.is_part_of_experts)
+    return whole and own.trouble is None and (own.kind, own.geometry) == (others.kind, others.geometry)
+
+
+def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
+    first = tensors[0]
+    for tensor in tensors:
+        if not isinstance(tensor, ShuffledMXFP4Tensor) or not isinstance(first, ShuffledMXFP4Tensor):
+            plain = next(tensor for tensor in tensors if not isinstance(tensor, ShuffledMXFP4Tensor))
+            raise TypeError(
+                f"experts are joined with experts in MXFP4, found a plain tensor of {plain.dtype}; "
+                "quantise it with ShuffledMXFP4Tensor.from_hp"
+            )
+        if tensor.shape[-2:] != first.shape[-2:] or tensor.gate_up != first.gate_up or tensor.dtype != first.dtype:
+            raise ValueError(
+                f"experts that are joined must agree in N, K, gate_up and dtype, found {list(first.shape[-2:])}, "
+                f"{first.gate_up}, {first.dtype} and {list(tensor.shape[-2:])}, {tensor.gate_up}, {tensor.dtype}"
+            )
+    assert isinstance(first, ShuffledMXFP4Tensor)
+    return first
+
+
+def _joined(first: ShuffledMXFP4Tensor, tensors: list[Any]) -> ShuffledMXFP4Tensor:
+    parts = []
+    for tensor in tensors:
+        alike = tensor if _same_bytes(first, tensor) else tensor.clone()
+        if alike is not tensor:
+            alike._storage.target = None
+            alike._storage.relayout_(first._storage.kind)
+        parts.append(_bytes_of(alike))
+    qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
+    storage = _materialized(first) if first.is_part_of_experts else first._storage
+    return first._like(storage.with_bytes(qdata, scale))
+
+
+def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> Tensor:
+    _check_experts(self, 0, "index")
+    if len(indices) != 1 or indices[0] is None or indices[0].dim() != 1:
         raise NotImplementedError(
-            f"{name} along dim {dim} of a ShuffledMXFP4Tensor of shape {list(self.shape)}: only experts, dim 0 "
-            "of three, can be taken apart; "
-            f"call .dequantize() for rows and columns"
+            "a ShuffledMXFP4Tensor is indexed by one vector, along its experts; call .dequantize() to index "
+            "rows and columns"
+        )
+    return indices[0]
+
+
+def _axis(self: ShuffledMXFP4Tensor, dim: int) -> str:
+    return _AXES[-self.dim() :][dim]
+
+
+def _check_experts(self: ShuffledMXFP4Tensor, dim: int, name: str) -> None:
+    if _axis(self, dim) != "experts":
+        raise NotImplementedError(
+            f"{name} along dim {dim} of a ShuffledMXFP4Tensor of shape {list(self.shape)}: it goes along "
+            "experts, dim 0 "
+            "of three; slice rows and columns, or call .dequantize()"
         )

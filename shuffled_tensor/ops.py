@@ -151,6 +151,8 @@ def plan(
         TypeError, ValueError: as for :func:`fused_moe`.
     """
     w13, w2 = _check_weights(w13, w2)
+    w13._storage.check_readable()
+    w2._storage.check_readable()
     columns = w13.shape[2] if hidden_scale is None else w13.shape[2] // 2
     if hidden_states.dim() != 2 or hidden_states.shape[1] != columns:
         raise ValueError(f"hidden_states must be [tokens, {columns}] for this w13, found {list(hidden_states.shape)}")

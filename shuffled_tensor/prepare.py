@@ -10,11 +10,18 @@ from collections import Counter
 from torch import nn
 
 from shuffled_tensor import backends
+from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.tensor import ShuffledMXFP4Tensor
 
 __all__ = ["prepare"]
 
 _log = logging.getLogger("shuffled_tensor")
+
+
+def weights_of(module: nn.Module) -> list[PackedStorage]:
+    """The storages of a module's parameters and buffers, each once."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, ShuffledMXFP4Tensor)]
+    return list({id(tensor._storage): tensor._storage for tensor in tensors}.values())
 
 
 def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
@@ -30,9 +37,7 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
     Returns:
         ``module``.
     """
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, ShuffledMXFP4Tensor)]
-    storages = {id(tensor._storage): tensor._storage for tensor in tensors}.values()
-    steps = storages
+    storages = steps = weights_of(module)
     if progress:
         from tqdm import tqdm
 

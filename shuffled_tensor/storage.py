@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +33,11 @@ one layer agree on both."""
 
 _PAD_SCALE = 127  # 1.0; the codes of a pad are zero
 
-_PINNED = (
-    "the bytes were handed out by as_kernel_operands() laid out as {!r}, so they cannot be brought into {!r} "
-    "under their "
-    "holder; clone() the tensor"
-)
+PER_BYTE = {"qdata": 2, "scale": mxfp4.BLOCK}
+"""Columns that one byte of codes, and of scales, is about."""
+
+
+_REFIT_OPEN = "it is being written in a refit"
 
 
 class Geometry(NamedTuple):
@@ -78,6 +78,18 @@ class Geometry(NamedTuple):
         return padded
 
 
+class Window(NamedTuple):
+    """A part of a storage, in logical experts, rows and columns; rows and columns without steps."""
+
+    experts: range
+    rows: range
+    columns: range
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.experts), len(self.rows), len(self.columns)
+
+
 class PackedStorage:
     """Padded codes and scales of E experts, and the kind their bytes are in.
 
@@ -87,10 +99,23 @@ class PackedStorage:
         geometry: logical and padded sizes.
         kind: the layout that the bytes are in now.
         target: the kind that the caller fixed, or None where the backend decides at first use.
-        pinned: whether somebody outside holds the bytes as they lie, so that their layout must stay.
+        pinned: the kind in which somebody outside holds the bytes, so that it must stay; or None.
+        shared: whether another process holds the same memory, so that a change of layout must replace it.
+        trouble: why the bytes must not be read as a weight now, or None.
     """
 
-    __slots__ = ("__weakref__", "geometry", "kind", "pinned", "qdata", "scale", "target")
+    __slots__ = (
+        "__weakref__",
+        "geometry",
+        "kind",
+        "pinned",
+        "qdata",
+        "refit_kind",
+        "scale",
+        "shared",
+        "target",
+        "trouble",
+    )
 
     # One lock for all: a change of layout is rare and saturates the memory system by itself.
     _lock = threading.RLock()
@@ -108,7 +133,10 @@ class PackedStorage:
         self.geometry = geometry
         self.kind = kind
         self.target = target
-        self.pinned = False
+        self.pinned: ShuffleKind | None = None
+        self.shared = False
+        self.trouble: str | None = None
+        self.refit_kind: ShuffleKind | None = None  # while a refit is open or was abandoned: what to return to
 
     @classmethod
     def pack(
@@ -133,6 +161,7 @@ class PackedStorage:
 
     def with_bytes(self, qdata: Tensor, scale: Tensor) -> PackedStorage:
         """Other bytes in the same layout: a copy, another device, some of the experts."""
+        self.check_readable()
         return PackedStorage(qdata, scale, self.geometry, self.kind, self.target)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedStorage:
@@ -152,18 +181,21 @@ class PackedStorage:
             RuntimeError: the layout is pinned, or a CUDA graph is being captured, which would replay the change.
         """
         with self._lock:
+            self.check_readable()
             if kind is self.kind:
                 return
+            if self.pinned not in (None, kind):
+                raise RuntimeError(
+                    f"the bytes were handed out by as_kernel_operands() laid out as {self.pinned.value!r}, so "
+                    "they cannot "
+                    f"be brought into {kind.value!r} under their holder; clone() the tensor"
+                )
             gate_up = self.geometry.gate_up
             if LAYOUTS.get((self.kind, gate_up)) is not LAYOUTS.get((kind, gate_up)):
                 self._permute_(kind)
-            elif self.pinned:
-                raise RuntimeError(_PINNED.format(self.kind.value, kind.value))
             self.kind = kind
 
     def _permute_(self, kind: ShuffleKind) -> None:
-        if self.pinned:
-            raise RuntimeError(_PINNED.format(self.kind.value, kind.value))
         on_gpu = is_real(self.qdata) and self.qdata.device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -171,6 +203,9 @@ class PackedStorage:
                 "captured, and again at every replay; call shuffled_tensor.prepare(module) before the capture"
             )
         gate_up = self.geometry.gate_up
+        self.trouble = (
+            f"its layout was being changed from {self.kind.value!r} to {kind.value!r} when that was interrupted"
+        )
         with _disable_current_modes(), torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
             if on_gpu:  # kernels of other streams may still be reading the bytes
                 torch.cuda.synchronize(self.qdata.device)
@@ -181,6 +216,74 @@ class PackedStorage:
             self.scale = shuffle_scale(scale, kind, gate_up=gate_up, out=scale)
             if on_gpu:  # and others will read them as soon as this returns
                 torch.cuda.synchronize(self.qdata.device)
+        self.trouble = None
+
+    def check_refit(self) -> None:
+        """Raise RuntimeError where :meth:`open_refit` could not open one."""
+        if self.trouble == _REFIT_OPEN:
+            raise RuntimeError("a refit of this weight is open already")
+        if self.refit_kind is None:
+            self.check_readable()
+        if self.shared and self.kind is not ShuffleKind.NONE:
+            raise RuntimeError(
+                "another process holds these bytes as they lie, so they cannot be refitted in place; write them with "
+                "copy_ or load_state_dict"
+            )
+
+    def open_refit(self) -> None:
+        """Make the bytes row-major, where they are, for others to write; until the refit ends they are no weight."""
+        with self._lock:
+            if self.refit_kind is None:
+                self.refit_kind = self.kind
+                if self.kind is not ShuffleKind.NONE:
+                    self._permute_(ShuffleKind.NONE)
+                    self.kind = ShuffleKind.NONE
+            self.trouble = _REFIT_OPEN
+
+    def close_refit(self) -> None:
+        """Take the row-major bytes for the new values, with their pads, and lay them out as they were before."""
+        with self._lock:
+            self._rewrite_pads()
+            self._recover()
+
+    def abandon_refit(self, error: BaseException) -> None:
+        """Leave the bytes row-major and unusable: some may be new and some old."""
+        self.trouble = f"a refit ended early ({type(error).__name__}), and its bytes may be partly old and partly new"
+
+    def assume(self, kind: ShuffleKind) -> None:
+        """Believe the caller that the bytes are a weight laid out as ``kind``."""
+        if self.trouble == _REFIT_OPEN:
+            raise RuntimeError("a refit is open, and says what the bytes are when it ends")
+        with self._lock:
+            self.kind = kind
+            if kind is ShuffleKind.NONE:
+                self._rewrite_pads()
+            else:
+                self.refit_kind = None
+            self._recover()
+
+    def written_whole(self, window: Window) -> None:
+        """Values were written over a window: where it is everything, what was wrong before is over."""
+        if self.trouble not in (None, _REFIT_OPEN) and window == self.whole(range(self.qdata.shape[0])):
+            self._recover()
+
+    def _recover(self) -> None:
+        """The bytes are a weight in `kind` again; bring them into the kind that they should have."""
+        self.trouble = None
+        kind, self.refit_kind = self.refit_kind or self.pinned, None
+        if kind is not None:
+            self.relayout_(kind)
+
+    def check_readable(self) -> None:
+        """Raise RuntimeError where the bytes are not a weight: while they are written in a refit, and after one failed."""
+        if self.trouble is not None:
+            with self._lock:  # another thread may just be changing the layout
+                trouble = self.trouble
+            if trouble is not None:
+                raise RuntimeError(
+                    f"this weight cannot be used: {trouble}; write it whole inside `with refit(module):`, "
+                    "load_state_dict or copy_, or say what its bytes are with mark_canonical_() or mark_shuffled_(kind)"
+                )
 
     def check_usable_as(self, kind: ShuffleKind) -> None:
         """Raise ValueError where a reader of ``kind`` meets a weight that was made for another one."""
@@ -191,10 +294,10 @@ class PackedStorage:
                 "backend='reference'"
             )
 
-    @staticmethod
-    def _owned(data: Tensor) -> Tensor:
+    def _owned(self, data: Tensor) -> Tensor:
         # Another process may be reading shared memory: it is left as it is, and replaced.
-        return torch.empty_like(data) if data.device.type == "cpu" and data.is_shared() else data
+        shared = self.shared or (data.device.type == "cpu" and data.is_shared())
+        return torch.empty_like(data) if shared else data
 
     def select(self, experts: range) -> tuple[Tensor, Tensor]:
         """Codes and scales of some experts, as they lie: views."""
@@ -206,19 +309,62 @@ class PackedStorage:
     def canonical(self, experts: range) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, N, K/2]`` and scales ``[len, N, K/32]`` of some experts, in memory of their
         own."""
+        self.check_readable()
         gate_up = self.geometry.gate_up
         qdata, scale = (data.contiguous() for data in self.select(experts))
         qdata = unshuffle_weight(qdata, self.kind, gate_up=gate_up)
         scale = unshuffle_scale(scale, self.kind, gate_up=gate_up)
         return self.geometry.halves_of(qdata).flatten(1, 2), self.geometry.halves_of(scale).flatten(1, 2)
 
-    def write(self, experts: range, qdata: Tensor, scale: Tensor) -> None:
-        """Write logical row-major codes and scales over some experts, in whatever layout they lie; pads are written
-        too."""
-        gate_up = self.geometry.gate_up
-        own_qdata, own_scale = self.select(experts)
-        own_qdata.copy_(shuffle_weight(self.geometry.pad(qdata, 0), self.kind, gate_up=gate_up))
-        own_scale.copy_(shuffle_scale(self.geometry.pad(scale, _PAD_SCALE), self.kind, gate_up=gate_up))
+    def whole_rows(self, window: Window) -> bool:
+        """Whether a window takes experts alone apart, not their rows and columns."""
+        return window.shape[1:] == (self.geometry.rows, self.geometry.columns)
+
+    def whole(self, experts: range) -> Window:
+        """The window of all rows and columns of some experts."""
+        return Window(experts, range(self.geometry.rows), range(self.geometry.columns))
+
+    def read(self, window: Window) -> tuple[Tensor, Tensor]:
+        """Row-major logical codes ``[len, rows, columns / 2]`` and scales ``[len, rows, columns / 32]`` of a window."""
+        parts = zip(self.canonical(window.experts), PER_BYTE.values(), strict=True)
+        qdata, scale = (data[:, _slice(window.rows), _slice(window.columns, per_byte)] for data, per_byte in parts)
+        return qdata, scale
+
+    def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None) -> None:
+        """Write logical row-major codes, scales or both over a window, in whatever layout it lies, with its pads."""
+        self._write_part(window, self.qdata, qdata, 0, PER_BYTE["qdata"], shuffle_weight, unshuffle_weight)
+        self._write_part(window, self.scale, scale, _PAD_SCALE, PER_BYTE["scale"], shuffle_scale, unshuffle_scale)
+
+    def _write_part(
+        self,
+        window: Window,
+        own: Tensor,
+        values: Tensor | None,
+        fill: int,
+        per_byte: int,
+        shuffle: Callable[..., Tensor],
+        unshuffle: Callable[..., Tensor],
+    ) -> None:
+        if values is None:
+            return
+        values = values.to(own.device)
+        layout: dict[str, Any] = {"kind": self.kind, "gate_up": self.geometry.gate_up}
+        for place, experts in self.chunks(window.experts):
+            target = own[_slice(experts)]
+            part = values[place]
+            if not self.whole_rows(window):  # what is not written stays
+                around = self.geometry.halves_of(unshuffle(target.contiguous(), **layout)).flatten(1, 2)
+                around[:, _slice(window.rows), _slice(window.columns, per_byte)] = part
+                part = around
+            target.copy_(shuffle(self.geometry.pad(part, fill), **layout))
+
+    def _rewrite_pads(self) -> None:
+        """Give the pads of canonical bytes, which somebody else wrote, the values they are defined to have."""
+        everything = range(self.qdata.shape[0])
+        for data, fill in ((self.qdata, 0), (self.scale, _PAD_SCALE)):
+            for _, experts in self.chunks(everything):
+                chunk = data[_slice(experts)]
+                chunk.copy_(self.geometry.pad(self.geometry.halves_of(chunk).flatten(1, 2), fill))
 
     def chunks(self, experts: range) -> Iterator[tuple[slice, range]]:
         """Parts of a window small enough that a float32 copy of one is bounded scratch: the part's place in the window,
@@ -226,23 +372,25 @@ class PackedStorage:
         for place in expert_chunks(len(experts), 4 * self.geometry.rows * self.geometry.columns):
             yield place, experts[place]
 
-    def dequantize(self, experts: range, dtype: torch.dtype) -> Tensor:
-        """Logical values ``[len, N, K]``."""
-        out = torch.empty(
-            len(experts), self.geometry.rows, self.geometry.columns, dtype=dtype, device=self.qdata.device
-        )
-        for place, part in self.chunks(experts):
-            out[place] = mxfp4.dequantize(*self.canonical(part), dtype)
+    def dequantize(self, window: Window, dtype: torch.dtype) -> Tensor:
+        """Logical values ``[len, rows, columns]``."""
+        out = torch.empty(window.shape, dtype=dtype, device=self.qdata.device)
+        for place, experts in self.chunks(window.experts):
+            out[place] = mxfp4.dequantize(*self.read(window._replace(experts=experts)), dtype)
         return out
 
-    def checksum(self, experts: range) -> str:
+    def checksum(self, window: Window) -> str:
         """SHA-256, in hex, over the logical sizes and, expert by expert, the row-major logical codes and scales."""
-        digest = hashlib.sha256(f"mxfp4 {len(experts)}x{self.geometry.rows}x{self.geometry.columns}".encode())
-        for expert in experts:
-            for data in self.canonical(range(expert, expert + 1)):
+        digest = hashlib.sha256(f"mxfp4 {'x'.join(map(str, window.shape))}".encode())
+        for expert in window.experts:
+            for data in self.read(window._replace(experts=range(expert, expert + 1))):
                 data = data.contiguous().cpu()
                 digest.update(ctypes.string_at(data.data_ptr(), data.nbytes))
         return digest.hexdigest()
+
+
+def _slice(window: range, per_byte: int = 1) -> slice:
+    return slice(window.start // per_byte, -(-window.stop // per_byte), window.step)
 
 
 def _unpickle(qdata: Tensor, scale: Tensor, gate_up: bool, target: str | None) -> PackedStorage:

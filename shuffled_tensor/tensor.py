@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from shuffled_tensor import backends, mxfp4
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import PackedStorage, is_real
+from shuffled_tensor.storage import Geometry, PackedStorage, Window, is_real
+from shuffled_tensor.views import PackedView
 
 __all__ = ["OPERATIONS", "ShuffledMXFP4Tensor", "implements"]
 
@@ -88,7 +90,7 @@ class ShuffledMXFP4Tensor(Tensor):
     """
 
     _storage: PackedStorage
-    _experts: range
+    _window: Window
     _index: int | slice | None
     """What takes this tensor's experts out of the storage's; None where they are all of them."""
     _carried: dict[str, Any]
@@ -117,7 +119,7 @@ class ShuffledMXFP4Tensor(Tensor):
             storage = PackedStorage.pack(
                 qdata, scale, gate_up=gate_up, interleaved=row_order == "interleaved", target=target
             )
-        return cls._wrap(storage, range(len(qdata)), rank, dtype)
+        return cls._wrap(storage, storage.whole(range(len(qdata))), rank, dtype)
 
     @classmethod
     def from_hp(
@@ -145,18 +147,17 @@ class ShuffledMXFP4Tensor(Tensor):
         return cls(qdata, scale, gate_up=gate_up, row_order=row_order, shuffle_kind=shuffle_kind, dtype=weight.dtype)
 
     @classmethod
-    def _wrap(cls, storage: PackedStorage, experts: range, rank: int, dtype: torch.dtype) -> ShuffledMXFP4Tensor:
-        """A tensor over some experts of a storage; rank 2 shows a single one."""
-        geometry = storage.geometry
-        shape = (len(experts), geometry.rows, geometry.columns)[-rank:]
+    def _wrap(cls, storage: PackedStorage, window: Window, rank: int, dtype: torch.dtype) -> ShuffledMXFP4Tensor:
+        """A tensor over a window of a storage; rank 2 shows a single expert."""
         # A view that inference_mode makes of a tensor from outside it could not share a version counter
         # (pytorch#164872).
         with torch.inference_mode(False), torch.no_grad():
             self = torch.Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dtype, device=storage.qdata.device, requires_grad=False
+                cls, window.shape[-rank:], dtype=dtype, device=storage.qdata.device, requires_grad=False
             )
         self._storage = storage
-        self._experts = experts
+        self._window = window
+        experts = window.experts
         if rank == 2:
             self._index = experts[0]
         elif len(experts) < storage.qdata.shape[0]:
@@ -165,31 +166,37 @@ class ShuffledMXFP4Tensor(Tensor):
             self._index = None
         return self
 
-    def _like(
-        self,
-        storage: PackedStorage,
-        *,
-        experts: range | None = None,
-        rank: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ShuffledMXFP4Tensor:
-        return self._wrap(
-            storage, range(len(storage.qdata)) if experts is None else experts, rank or self.dim(), dtype or self.dtype
-        )
+    def _view(self, rank: int | None = None, **window: range) -> ShuffledMXFP4Tensor:
+        """A part of this tensor, over the same bytes."""
+        return self._wrap(self._storage, self._window._replace(**window), rank or self.dim(), self.dtype)
+
+    def _like(self, storage: PackedStorage, dtype: torch.dtype | None = None) -> ShuffledMXFP4Tensor:
+        """All of another storage, as a tensor of this one's rank."""
+        return self._wrap(storage, storage.whole(range(storage.qdata.shape[0])), self.dim(), dtype or self.dtype)
+
+    @property
+    def is_part_of_experts(self) -> bool:
+        """Whether this is a view of some rows or columns, whose bytes have no place of their own in memory."""
+        return not self._storage.whole_rows(self._window)
+
+    def _own_bytes(self, data: Tensor) -> Tensor:
+        if self.is_part_of_experts:
+            raise ValueError(
+                "a view of rows or columns has no bytes of its own in memory; clone() it, or write to it with copy_"
+            )
+        return data if self._index is None else data[self._index]
 
     @property
     def qdata(self) -> Tensor:
         """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
         the storage."""
-        data = self._storage.qdata
-        return data if self._index is None else data[self._index]
+        return self._own_bytes(self._storage.qdata)
 
     @property
     def scale(self) -> Tensor:
         """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
         the storage."""
-        data = self._storage.scale
-        return data if self._index is None else data[self._index]
+        return self._own_bytes(self._storage.scale)
 
     @property
     def gate_up(self) -> bool:
@@ -251,19 +258,147 @@ class ShuffledMXFP4Tensor(Tensor):
         era = aiter.detect().era
         self._storage.check_usable_as(era.kind)
         self._storage.relayout_(era.kind)
-        self._storage.pinned = True
+        self._storage.pinned = era.kind
         weight = aiter.tagged_weight(self.qdata, gate_up=self.gate_up, intermediate=self.shape[-1])
         return KernelOperands(weight, self.scale, era.gate_mode)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The logical value as a plain tensor, in the logical dtype unless another is given."""
-        values = self._storage.dequantize(self._experts, dtype or self.dtype)
+        values = self._storage.dequantize(self._window, dtype or self.dtype)
         return values[0] if self.dim() == 2 else values
 
     def logical_checksum(self) -> str:
         """SHA-256, in hex, of the logical codes and scales: equal in every layout, on every device and whatever the
         padding."""
-        return self._storage.checksum(self._experts)
+        return self._storage.checksum(self._window)
+
+    @property
+    def qdata_view(self) -> PackedView:
+        """The codes as loaders know them, to be written in any layout: uint8 ``[E, N, K/2]``, logical and row-major."""
+        return PackedView.make(self._storage, self._window, self.dim(), "qdata")
+
+    @property
+    def scale_view(self) -> PackedView:
+        """The scales as loaders know them, to be written in any layout: uint8 ``[E, N, K/32]``, logical and
+        row-major."""
+        return PackedView.make(self._storage, self._window, self.dim(), "scale")
+
+    def refit_from_hp_(self, weight: Tensor, *, scale_rule: str = "even") -> ShuffledMXFP4Tensor:
+        """Quantise high-precision values of this shape over the present ones, in place and in the present layout.
+
+        Raises:
+            TypeError: ``weight`` is not floating point.
+            ValueError: another shape, or an unknown rule.
+        """
+        if weight.shape != self.shape:
+            raise ValueError(f"refit_from_hp_ takes values of shape {list(self.shape)}, found {list(weight.shape)}")
+        values, window = weight.detach().reshape(self._window.shape), self._window
+        for place, experts in self._storage.chunks(window.experts):
+            parts = mxfp4.quantize(values[place], scale_rule=scale_rule)
+            self._storage.write(window._replace(experts=experts), *parts)
+        self._storage.written_whole(window)
+        return self
+
+    def mark_canonical_(self) -> ShuffledMXFP4Tensor:
+        """Say that the bytes of the whole storage are row-major now: for a writer that went past this tensor.
+
+        Pads are rewritten; a layout that is pinned is restored at once, any other at the next use.
+        """
+        self._storage.assume(ShuffleKind.NONE)
+        return self
+
+    def mark_shuffled_(self, kind: ShuffleKind | str) -> ShuffledMXFP4Tensor:
+        """Say that the bytes of the whole storage lie as ``kind`` now, pads included: nothing is moved or checked."""
+        self._storage.assume(ShuffleKind(kind))
+        return self
+
+    def shard(self, rank: int, world_size: int, *, dim: str = "intermediate") -> ShuffledMXFP4Tensor:
+        """A copy of one rank's part, in the same layout.
+
+        Args:
+            rank: which part, from 0 to ``world_size - 1``.
+            world_size: how many equal parts.
+            dim: ``"expert"``, or ``"intermediate"`` for tensor parallelism: the matching gate and up rows of a w13, and
+                columns of a w2, which must be multiples of 32.
+
+        Raises:
+            ValueError: an unknown ``dim``, a rank out of range, or parts that are not equal or cut through a block.
+        """
+        if dim not in ("expert", "intermediate"):
+            raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
+        size = self.shape[0] if dim == "expert" else self.shape[-2] // 2 if self.gate_up else self.shape[-1]
+        if size % world_size or (dim == "intermediate" and (size // world_size) % mxfp4.BLOCK):
+            raise ValueError(f"{size} ({dim}) cannot be parted into {world_size} equal parts of whole blocks of 32")
+        start, stop = rank * size // world_size, (rank + 1) * size // world_size
+        if dim == "expert":
+            return self[start:stop].clone()  # type: ignore[return-value]
+        if not self.gate_up:
+            return self[..., start:stop].clone()  # type: ignore[return-value]
+        qdata, scale = (
+            part.unflatten(1, (2, size))[:, :, start:stop].flatten(1, 2) for part in self._storage.read(self._window)
+        )
+        target = self._storage.target
+        own = PackedStorage.pack(qdata.contiguous(), scale.contiguous(), gate_up=True, interleaved=False, target=target)
+        own.relayout_(self._storage.kind)
+        return self._like(own)
+
+    def permute_experts_(self, order: Sequence[int]) -> ShuffledMXFP4Tensor:
+        """Expert ``order[i]`` becomes expert ``i``, weight and scale together, in place, with one expert of scratch.
+
+        Raises:
+            ValueError: ``order`` is no permutation of the experts.
+        """
+        if sorted(order) != list(range(self.shape[0])) or self.dim() != 3:
+            raise ValueError(f"order must hold each of the {self.shape[0]} experts once, found {list(order)}")
+        for data in (self.qdata, self.scale):
+            done: set[int] = set()
+            for first in range(len(order)):
+                if first in done or order[first] == first:
+                    continue
+                kept, place = data[first].clone(), first
+                while order[place] != first:
+                    data[place].copy_(data[order[place]])
+                    done.add(place)
+                    place = order[place]
+                data[place].copy_(kept)
+                done.add(place)
+        return self
+
+    def data_ptr(self) -> int:
+        """The address of the codes: it stays through shuffles and refits."""
+        return self.qdata.data_ptr()
+
+    def share_memory_(self) -> ShuffledMXFP4Tensor:
+        """Move codes and scales to shared memory; a later change of layout replaces them instead of rewriting them."""
+        self._storage.qdata.share_memory_()
+        self._storage.scale.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the codes are in shared memory."""
+        return bool(self._storage.qdata.is_shared())
+
+    @property
+    def data(self) -> ShuffledMXFP4Tensor:
+        """Another tensor over the same bytes; assigning a :class:`ShuffledMXFP4Tensor` takes over its storage."""
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, ShuffledMXFP4Tensor) and (value.shape, value.dtype, value.device) == (
+            self.shape,
+            self.dtype,
+            self.device,
+        ):
+            self._storage, self._window, self._index = value._storage, value._window, value._index
+            return
+        raise TypeError(
+            f".data takes a ShuffledMXFP4Tensor of shape {list(self.shape)}, {self.dtype}, on {self.device}, found "
+            f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}, on {value.device}; write values "
+            "with copy_, packed bytes through .qdata_view and .scale_view"
+        )
 
     def requires_grad_(self, requires_grad: bool = True) -> ShuffledMXFP4Tensor:
         """Does nothing: packed codes have no gradient, and ``nn.Parameter`` asks for one by default."""
@@ -281,21 +416,14 @@ class ShuffledMXFP4Tensor(Tensor):
         # Through the storage, so that aliases copied together stay aliases; and with attributes such as weight_loader,
         # as a plain tensor has them.
         if id(self) not in memo:
-            memo[id(self)] = self._wrap(copy.deepcopy(self._storage, memo), self._experts, self.dim(), self.dtype)
+            memo[id(self)] = self._wrap(copy.deepcopy(self._storage, memo), self._window, self.dim(), self.dtype)
             memo[id(self)].__dict__.update(copy.deepcopy(self.user_attributes(), memo))
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The storage is an object of its own in the file, so that aliases saved together stay aliases.
-        return _rebuild, (
-            self._storage,
-            self._experts.start,
-            self._experts.stop,
-            self._experts.step,
-            self.dim(),
-            self.dtype,
-            self.user_attributes(),
-        )
+        window = tuple((part.start, part.stop, part.step) for part in self._window)
+        return _rebuild, (self._storage, window, self.dim(), self.dtype, self.user_attributes())
 
     def user_attributes(self) -> dict[str, Any]:
         """What others have set on this object (``weight_loader``, ``_is_param``)."""
@@ -305,6 +433,7 @@ class ShuffledMXFP4Tensor(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
         storage = self._storage
+        storage.check_readable()
         if is_real(storage.qdata):
             kind = backends.kind_at_first_use(self.device, storage.target)
             if kind is not None:
@@ -320,7 +449,8 @@ class ShuffledMXFP4Tensor(Tensor):
         rank = qdata.dim()
         if rank == 2:
             qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
-        return cls._wrap(PackedStorage(qdata, scale, geometry, kind, target), range(len(qdata)), rank, dtype)
+        storage = PackedStorage(qdata, scale, geometry, kind, target)
+        return cls._wrap(storage, storage.whole(range(len(qdata))), rank, dtype)
 
     def _stable_hash_for_caching(self) -> str:
         """What distinguishes a compiled artefact in torch's caches: layout and sizes, and who would run it."""
@@ -353,13 +483,41 @@ class ShuffledMXFP4Tensor(Tensor):
 
 
 def _rebuild(
-    storage: PackedStorage, start: int, stop: int, step: int, rank: int, dtype: torch.dtype, attributes: dict[str, Any]
+    storage: PackedStorage,
+    window: tuple[tuple[int, int, int], ...],
+    rank: int,
+    dtype: torch.dtype,
+    attributes: dict[str, Any],
 ) -> ShuffledMXFP4Tensor:
-    self = ShuffledMXFP4Tensor._wrap(storage, range(start, stop, step), rank, dtype)
+    self = ShuffledMXFP4Tensor._wrap(storage, Window(*(range(*part) for part in window)), rank, dtype)
     self.__dict__.update(attributes)
     return self
 
 
+def _reduce_shared(tensor: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
+    """For torch.multiprocessing: the bytes themselves, as they lie, in shared memory.
+
+    Neither process lays them out anew in place from now on, so what each believes of them stays true.
+    """
+    storage = tensor._storage
+    storage.check_readable()
+    storage.shared = True
+    target = None if storage.target is None else storage.target.value
+    state = (storage.qdata, storage.scale, tuple(storage.geometry), storage.kind.value, target)
+    _, (_, *rest) = tensor.__reduce_ex__(None)
+    return _rebuild_shared, (state, *rest)
+
+
+def _rebuild_shared(state: tuple[Any, ...], *rest: Any) -> ShuffledMXFP4Tensor:
+    qdata, scale, geometry, kind, target = state
+    storage = PackedStorage(
+        qdata, scale, Geometry(*geometry), ShuffleKind(kind), None if target is None else ShuffleKind(target)
+    )
+    storage.shared = True
+    return _rebuild(storage, *rest)
+
+
+ForkingPickler.register(ShuffledMXFP4Tensor, _reduce_shared)
 torch.serialization.add_safe_globals([_rebuild])
 
 

@@ -419,7 +419,7 @@ def test_copy_refuses_what_it_cannot_mean(kind: str | None) -> None:
     weight = make()
     if kind is not None:
         weight.shuffle_(kind)
-    with pytest.raises(TypeError, match="found torch.uint8; packed bytes become one with ShuffledMXFP4Tensor"):
+    with pytest.raises(TypeError, match="found torch.uint8; packed bytes are written through .qdata_view"):
         weight.copy_(torch.zeros(3, 96, 160, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"values of shape \[3, 96, 160\], found shape \[96, 160\]"):
         weight.copy_(make()[0])
@@ -523,7 +523,8 @@ def test_bad_input() -> None:
         "shuffle_ kind": lambda: make().shuffle_("moe"),
         "select": lambda: make()[3],
         "rows": lambda: make()[:, 3],
-        "row slice": lambda: make()[:, 3:5],
+        "rows in steps": lambda: make()[:, ::2],
+        "columns": lambda: make()[..., 16:48],
         "index of a row": lambda: make()[0][torch.tensor([1])],
         "two indices": lambda: make()[torch.tensor([1]), torch.tensor([1])],
     }
@@ -554,8 +555,9 @@ from_hp rank: ValueError: weight must be [experts, N, K] or [N, K], found shape 
 shuffle_ without a kind: ValueError: this tensor was made without a shuffle_kind, so shuffle_() must be told: shuffle_('mxfp4_moe') or shuffle_('mxfp4_separated')
 shuffle_ kind: ValueError: unknown shuffle kind 'moe'; known kinds: 'none', 'mxfp4_moe', 'mxfp4_separated'
 select: IndexError: index 3 is out of bounds for dimension 0 with size 3
-rows: NotImplementedError: select along dim 1 of a ShuffledMXFP4Tensor of shape [3, 96, 160]: only experts, dim 0 of three, can be taken apart; call .dequantize() for rows and columns
-row slice: NotImplementedError: slice along dim 1 of a ShuffledMXFP4Tensor of shape [3, 96, 160]: only experts, dim 0 of three, can be taken apart; call .dequantize() for rows and columns
-index of a row: NotImplementedError: index along dim 0 of a ShuffledMXFP4Tensor of shape [96, 160]: only experts, dim 0 of three, can be taken apart; call .dequantize() for rows and columns
+rows: NotImplementedError: select along dim 1 of a ShuffledMXFP4Tensor of shape [3, 96, 160]: a single row or column is no weight; take a slice of length 1, or call .dequantize()
+rows in steps: NotImplementedError: rows of a ShuffledMXFP4Tensor are sliced without steps; call .dequantize()
+columns: ValueError: columns 16..48 cut through a block of 32 that shares a scale; slice at multiples of 32, or call .dequantize()
+index of a row: NotImplementedError: index along dim 0 of a ShuffledMXFP4Tensor of shape [96, 160]: it goes along experts, dim 0 of three; slice rows and columns, or call .dequantize()
 two indices: NotImplementedError: a ShuffledMXFP4Tensor is indexed by one vector, along its experts; call .dequantize() to index rows and columns""",
     )

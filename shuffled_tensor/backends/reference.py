@@ -46,13 +46,13 @@ def run(call: MoECall) -> Tensor:
         only = range(expert, expert + 1)
         token, slot = (ids == expert).nonzero(as_tuple=True)
         factor = weight[token, slot].unsqueeze(1)
-        gate_up = hidden_states[token] @ call.w13.dequantize(only, torch.float32)[0].T
+        gate_up = hidden_states[token] @ call.w13.dequantize(call.w13.whole(only), torch.float32)[0].T
         if call.doweight_stage1:
             gate_up *= factor
         if call.w13_bias is not None:
             gate_up += call.w13_bias[expert]
         intermediate = _round_trip(_activate(call, *gate_up.chunk(2, dim=1)), rule)
-        down = intermediate @ call.w2.dequantize(only, torch.float32)[0].T
+        down = intermediate @ call.w2.dequantize(call.w2.whole(only), torch.float32)[0].T
         if call.w2_bias is not None:
             down += call.w2_bias[expert]
         out.index_add_(0, token, down if call.doweight_stage1 else down * factor)
