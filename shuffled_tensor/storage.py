@@ -275,7 +275,7 @@ class PackedStorage:
             self.relayout_(kind)
 
     def check_readable(self) -> None:
-        """Raise RuntimeError where the bytes are not a weight: while they are written in a refit, and after one failed."""
+        """Raise RuntimeError where the bytes are not a weight: while a refit writes them, and after one failed."""
         if self.trouble is not None:
             with self._lock:  # another thread may just be changing the layout
                 trouble = self.trouble
