@@ -59,7 +59,7 @@ class Plain(nn.Module):
     def forward(self, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         packed = torch.ops.shuffled_tensor.fused_moe_packed.default
         weights = self.w13_qdata, self.w13_scale, self.w2_qdata, self.w2_scale
-        return packed(x, *weights, weight, ids, "none", "none", INTERMEDIATE, x.dtype, "one multiplication")
+        return packed(x, *weights, weight, ids, "none", "none", INTERMEDIATE, "bfloat16", "one multiplication")
 
 
 def captured(module: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[[], object]:

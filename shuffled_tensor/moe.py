@@ -39,7 +39,9 @@ class MoECall:
     w2_kind: str
     intermediate: int
     """I, logical: w13 has 2I rows and w2 I columns."""
-    out_dtype: torch.dtype
+    out_dtype: str
+    """By name, ``"bfloat16"``: torch 2.10 and 2.11 hand an operator in an ahead-of-time compiled package another dtype
+    than the one exported."""
     backend: str
     hidden_scale: Tensor | None = None
     activation: str = "silu"
@@ -50,6 +52,11 @@ class MoECall:
     swiglu_limit: float | None = None
     activation_dtype: str | None = None
     scale_rule: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `out_dtype` names."""
+        return getattr(torch, self.out_dtype)  # type: ignore[no-any-return]
 
     @property
     def hidden(self) -> int:
@@ -149,8 +156,8 @@ class MoECall:
             raise ValueError(
                 f"swiglu_limit must be positive, or None for the activation's own, found {self.swiglu_limit}"
             )
-        if self.out_dtype not in _HIDDEN_DTYPES:
-            raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {self.out_dtype}")
+        if self.dtype not in _HIDDEN_DTYPES:
+            raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {self.dtype}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -32,7 +32,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "fused_moe_packed(Tensor hidden_states, Tensor w13_qdata, Tensor w13_scale, Tensor w2_qdata, Tensor w2_scale, "
-    "Tensor topk_weight, Tensor topk_ids, str w13_kind, str w2_kind, int intermediate, ScalarType out_dtype, "
+    "Tensor topk_weight, Tensor topk_ids, str w13_kind, str w2_kind, int intermediate, str out_dtype, "
     f"str backend, {_OPTIONS}) -> Tensor"
 )
 
@@ -169,7 +169,7 @@ def plan(
         w13._storage.kind.value,
         w2._storage.kind.value,
         w2.shape[2],
-        out_dtype,
+        str(out_dtype).removeprefix("torch."),
         "",
         hidden_scale,
         *options,
@@ -218,7 +218,7 @@ def _packed(*args: Any) -> Tensor:
 def _packed_fake(*args: Any) -> Tensor:
     call = MoECall(*args)
     call.check()
-    return call.hidden_states.new_empty(call.hidden_states.shape[0], call.hidden, dtype=call.out_dtype)
+    return call.hidden_states.new_empty(call.hidden_states.shape[0], call.hidden, dtype=call.dtype)
 
 
 def _no_gradient(*args: Any) -> NoReturn:

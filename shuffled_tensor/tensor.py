@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from shuffled_tensor import backends, mxfp4
@@ -421,6 +422,9 @@ class ShuffledMXFP4Tensor(Tensor):
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if isinstance(self._storage.qdata, FakeTensor):
+            # Nobody saves those: torch before 2.12 makes a key for its compile caches this way.
+            return str, (self._stable_hash_for_caching(),)
         # The storage is an object of its own in the file, so that aliases saved together stay aliases.
         window = tuple((part.start, part.stop, part.step) for part in self._window)
         return _rebuild, (self._storage, window, self.dim(), self.dtype, self.user_attributes())

@@ -238,7 +238,7 @@ def test_packed_operator_refuses_layouts_that_the_kernel_does_not_read(device: s
         )
         operator = torch.ops.shuffled_tensor.fused_moe_packed
         separated, moe = "mxfp4_separated", "mxfp4_moe"
-        rest = (INTERMEDIATE, torch.bfloat16, "aiter")
+        rest = (INTERMEDIATE, "bfloat16", "aiter")
         assert torch.equal(operator(*packed, separated, separated, *rest), expected(double, layer))
         for kinds in ((moe, moe), (separated, moe), ("none", separated), (separated, "none")):
             with pytest.raises(ValueError, match="reads 'mxfp4_separated', but w"):

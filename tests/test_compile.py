@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, override_arch, prepare
+from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, override_arch, prepare, refit
 from shuffled_tensor.testing import Double, aiter_double
 
 from .moe_layer import EXPERTS, HIDDEN, MoE, ShuffleCount, make_layer, make_weight
@@ -145,12 +145,12 @@ def test_the_captured_graph(gfx950: Double) -> None:
         """\
 class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "u8[4, 512, 256]", arg1_1: "u8[4, 512, 16]", arg2_1: "u8[4, 512, 128]", arg3_1: "u8[4, 512, 8]", arg4_1: "bf16[5, 288]", arg5_1: "f32[5, 2]", arg6_1: "i32[5, 2]"):
-        fused_moe_packed: "bf16[5, 288]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, arg2_1, arg3_1, arg5_1, arg6_1, 'mxfp4_separated', 'mxfp4_separated', 160, torch.bfloat16, 'aiter');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
+        fused_moe_packed: "bf16[5, 288]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, arg2_1, arg3_1, arg5_1, arg6_1, 'mxfp4_separated', 'mxfp4_separated', 160, 'bfloat16', 'aiter');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
         return (fused_moe_packed,)""",
     )
     packed = re.findall(r"fused_moe_packed\.default\((.*?)\)", model)
     assert len(packed) == 4
-    assert all("'mxfp4_separated', 'mxfp4_separated', 160, torch.bfloat16, 'aiter'" in call for call in packed)
+    assert all("'mxfp4_separated', 'mxfp4_separated', 160, 'bfloat16', 'aiter'" in call for call in packed)
     body = (line for line in model.splitlines() if "fused_moe_packed.default" not in line)
     weights = re.findall(r'(\w+): "u8', model)
     assert len(weights) == 16  # those that come in, and no other: none is copied or permuted
@@ -383,9 +383,15 @@ def test_cuda_graphs(mode: str, gfx950: Double, monkeypatch: pytest.MonkeyPatch,
                 compiled(*arguments)
             replay = lambda: compiled(*arguments).clone()  # noqa: E731
         assert torch.equal(replay(), module(*arguments))
-        before = replay()
+        seen = [replay()]
         module.load_state_dict(other.state_dict())
-        after = replay()
-        assert torch.equal(after, module(*arguments))
-        assert not torch.equal(after, before)
+        seen.append(replay())
+        assert torch.equal(seen[-1], module(*arguments))
+        with refit(module):
+            module.w13_weight.qdata.copy_(layer["w13"].unshuffle_().qdata)
+            module.w13_weight.scale.copy_(layer["w13"].scale)
+        seen.append(replay())
+        assert torch.equal(seen[-1], module(*arguments))
+        assert not torch.equal(seen[1], seen[0])
+        assert torch.equal(seen[2], seen[0])
     assert [part.data_ptr() for weight in module.parameters() for part in (weight.qdata, weight.scale)] == addresses

@@ -211,7 +211,7 @@ def test_torchs_own_checks_of_the_operators(kind: str | None) -> None:
     packed = (layer["hidden_states"], w13.qdata, w13.scale, w2.qdata, w2.scale, layer["topk_weight"], layer["topk_ids"])
     kinds = (kind or "none", kind or "none")
     torch.library.opcheck(
-        torch.ops.shuffled_tensor.fused_moe_packed.default, (*packed, *kinds, 64, torch.float32, "reference")
+        torch.ops.shuffled_tensor.fused_moe_packed.default, (*packed, *kinds, 64, "float32", "reference")
     )
 
 

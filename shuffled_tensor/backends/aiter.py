@@ -221,8 +221,8 @@ def refuse(call: MoECall) -> str | None:
         return "hidden_scale would be ignored"
     if call.hidden_states.dtype is not torch.bfloat16:
         return f"hidden_states are {call.hidden_states.dtype}, not bfloat16"
-    if call.out_dtype is not torch.bfloat16:
-        return f"out_dtype is {call.out_dtype}, not bfloat16"
+    if call.dtype is not torch.bfloat16:
+        return f"out_dtype is {call.dtype}, not bfloat16"
     if call.scale_rule not in (None, rule):
         return f"its kernels quantise by {rule!r}, not scale_rule={call.scale_rule!r}"
     for name, qdata in (("w13", call.w13_qdata), ("w2", call.w2_qdata)):

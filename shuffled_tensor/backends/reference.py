@@ -56,7 +56,7 @@ def run(call: MoECall) -> Tensor:
         if call.w2_bias is not None:
             down += call.w2_bias[expert]
         out.index_add_(0, token, down if call.doweight_stage1 else down * factor)
-    return out.to(call.out_dtype)
+    return out.to(call.dtype)
 
 
 def _activate(call: MoECall, gate: Tensor, up: Tensor) -> Tensor:
