@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.storage import PackedStorage
+from shuffled_tensor.storage import PackedStorage, locked
 from shuffled_tensor.tensor import OPERATIONS, ShuffledMXFP4Tensor, check_logical_dtype, implements
 
 aten = torch.ops.aten
@@ -46,6 +46,18 @@ def select(self: ShuffledMXFP4Tensor, dim: int, index: int) -> ShuffledMXFP4Tens
         raise IndexError(f"expert {index} is out of range for a tensor of {len(self)} experts")
     expert = self._window.experts[index]
     return self._view(rank=2, experts=range(expert, expert + 1))
+
+
+@implements(aten.view.default)
+def view(self: ShuffledMXFP4Tensor, size: list[int]) -> ShuffledMXFP4Tensor:
+    """``[1, N, K]`` seen as ``[N, K]`` or back; any other shape would part values that share a scale."""
+    one = list(self.shape[-2:])
+    if list(size) != list(self.shape) and not (len(self._window.experts) == 1 and list(size) in (one, [1, *one])):
+        raise NotImplementedError(
+            f"a ShuffledMXFP4Tensor of shape {list(self.shape)} cannot be viewed as {list(size)}: its shape is "
+            "[experts, N, K]; call .dequantize()"
+        )
+    return self._view(rank=len(size))
 
 
 @implements(aten.slice.Tensor)
@@ -154,10 +166,9 @@ def zeros_like(
 ) -> ShuffledMXFP4Tensor:
     """Zeros in the same layout: what is not written yet (after ``Module.to_empty``) is defined all the same."""
     check_logical_dtype(dtype or self.dtype)
-    qdata, scale = _bytes_of(self)
-    zeros = torch.zeros(qdata.shape, dtype=torch.uint8, device=device or qdata.device)
-    ones = torch.full(scale.shape, 127, dtype=torch.uint8, device=device or scale.device)
-    return self._like(self._storage.with_bytes(zeros, ones), dtype)
+    out = _map_bytes(self, lambda data: torch.zeros_like(data, device=device), dtype)
+    out._storage.scale.fill_(127)
+    return out
 
 
 # --- new values
@@ -173,13 +184,19 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         raise ValueError(f"copy_ takes values of shape {list(self.shape)}, found shape {list(source.shape)}")
     storage, window = self._storage, self._window
     if isinstance(source, ShuffledMXFP4Tensor):
-        if _same_bytes(self, source):
-            for own, other in zip(_bytes_of(self), _bytes_of(source), strict=True):
-                own.copy_(other, non_blocking)
-        else:
-            for place, experts in storage.chunks(window.experts):
-                part = source._window._replace(experts=source._window.experts[place])
-                storage.write(window._replace(experts=experts), *source._storage.read(part))
+        if source._storage is storage:
+            if source._window == window:
+                return self
+            source = source.clone()  # they may overlap
+            assert isinstance(source, ShuffledMXFP4Tensor)  # for the type checker
+        with locked(source._storage, storage), source._storage.held(), self.writing():
+            if _same_bytes(self, source):
+                for own, other in zip(_bytes_of(self), _bytes_of(source), strict=True):
+                    own.copy_(other, non_blocking)
+            else:
+                for place, experts in storage.chunks(window.experts):
+                    part = source._window._replace(experts=source._window.experts[place])
+                    storage.write(window._replace(experts=experts), *source._storage.read(part))
     elif source.is_floating_point() and source.element_size() > 1:
         self.refit_from_hp_(source)
     else:
@@ -189,7 +206,6 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             "through .qdata_view and .scale_view, or become a ShuffledMXFP4Tensor(qdata, scale, "
             f"gate_up={self.gate_up})"
         )
-    storage.written_whole(window)
     return self
 
 
@@ -197,14 +213,17 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
     """Experts written over others, weight and scale together, in any layout."""
     _check_experts(self, dim, "index_copy_")
-    chosen = index.tolist()
-    if len(set(chosen)) != len(chosen) or source.shape[0] != len(chosen):
+    chosen = [range(len(self))[expert] for expert in index.tolist()]  # counts from the end, and raises IndexError
+    if len(set(chosen)) != len(chosen) or source.shape != (len(chosen), *self.shape[1:]):
         raise ValueError(
-            f"index_copy_ takes {len(chosen)} different experts and as many values, found {source.shape[0]}"
+            f"index_copy_ takes different experts and values of shape {[len(chosen), *self.shape[1:]]} for them, found "
+            f"experts {chosen} and shape {list(source.shape)}"
         )
-    targets = [select(self, 0, expert) for expert in chosen]
-    for target, values in zip(targets, source.unbind(0), strict=True):
-        copy_(target, values)
+    if isinstance(source, ShuffledMXFP4Tensor) and source._storage is self._storage:
+        source = source.clone()  # they may overlap
+    with self._storage.writing():
+        for expert, values in zip(chosen, source.unbind(0), strict=True):
+            copy_(select(self, 0, expert), values)
     return self
 
 
@@ -216,14 +235,25 @@ def index_put_(
     picked = _expert_vector(self, indices)
     if accumulate:
         raise NotImplementedError("MXFP4 codes are not accumulated into; .dequantize(), add, and copy_ back")
-    picked = picked.nonzero().flatten() if picked.dtype is torch.bool else picked
-    return index_copy_(self, 0, picked, values.expand(picked.shape[0], *self.shape[1:]))
+    if picked.dtype is torch.bool:
+        if len(picked) != len(self):
+            raise IndexError(f"a mask over {len(self)} experts must have as many elements, found {len(picked)}")
+        picked = picked.nonzero().flatten()
+    shape = len(picked), *self.shape[1:]
+    if isinstance(values, ShuffledMXFP4Tensor) and values.dim() == 2:
+        values = torch.stack([values] * len(picked))
+    return index_copy_(self, 0, picked, values if values.shape == shape else values.expand(shape))
 
 
 @implements(aten.zero_.default)
 def zero_(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     """Zero codes and scales of 1, in any layout."""
-    copy_(self, self.new_zeros(self.shape, dtype=torch.float32))
+    _, rows, columns = self._window.shape
+    codes = torch.zeros(1, rows, columns // 2, dtype=torch.uint8, device=self.device)
+    ones = torch.full((1, rows, columns // mxfp4.BLOCK), 127, dtype=torch.uint8, device=self.device)
+    with self.writing():
+        for expert in self._window.experts:
+            self._storage.write(self._window._replace(experts=range(expert, expert + 1)), codes, ones)
     return self
 
 
@@ -301,7 +331,7 @@ REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload, ...], str]] = {
         "make a new tensor, or write values with copy_",
     ),
     "reorders values that share a scale": (
-        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
+        (aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
         "its shape is [experts, N, K]; call .dequantize() for another",
     ),
     "computes in place": (
@@ -360,9 +390,8 @@ def _materialized(self: ShuffledMXFP4Tensor) -> PackedStorage:
     """A view of rows or columns as a storage of its own, in the same kind. Only whole experts keep gate and up
     apart."""
     storage = self._storage
-    gate_up = storage.geometry.gate_up and len(self._window.rows) == storage.geometry.rows
     qdata, scale = (part.contiguous() for part in storage.read(self._window))
-    own = PackedStorage.pack(qdata, scale, gate_up=gate_up, interleaved=False, target=storage.target)
+    own = PackedStorage.pack(qdata, scale, gate_up=self.gate_up, interleaved=False, target=storage.target)
     own.relayout_(storage.kind)
     return own
 
@@ -373,15 +402,16 @@ def _map_bytes(
     """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must not mix."""
     storage = _materialized(self) if self.is_part_of_experts else self._storage
     experts = range(storage.qdata.shape[0]) if self.is_part_of_experts else self._window.experts
-    qdata, scale = (function(data) for data in storage.select(experts))
-    return self._like(storage.with_bytes(qdata, scale), dtype)
+    with storage.held():
+        qdata, scale = (function(data) for data in storage.select(experts))
+        return self._like(storage.with_bytes(qdata, scale), dtype)
 
 
 def _same_bytes(self: ShuffledMXFP4Tensor, other: ShuffledMXFP4Tensor) -> bool:
     """Whether equal values are equal bytes."""
     own, others = self._storage, other._storage
     whole = not (self.is_part_of_experts or other.is_part_of_experts)
-    return whole and own.trouble is None and (own.kind, own.geometry) == (others.kind, others.geometry)
+    return whole and (own.kind, own.geometry) == (others.kind, others.geometry)
 
 
 def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
@@ -393,10 +423,11 @@ def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
                 f"experts are joined with experts in MXFP4, found a plain tensor of {plain.dtype}; "
                 "quantise it with ShuffledMXFP4Tensor.from_hp"
             )
-        if tensor.shape[-2:] != first.shape[-2:] or tensor.gate_up != first.gate_up or tensor.dtype != first.dtype:
+        formats = [(t.dim(), tuple(t.shape[-2:]), t.gate_up, t.dtype) for t in (first, tensor)]
+        if formats[0] != formats[1]:
             raise ValueError(
-                f"experts that are joined must agree in N, K, gate_up and dtype, found {list(first.shape[-2:])}, "
-                f"{first.gate_up}, {first.dtype} and {list(tensor.shape[-2:])}, {tensor.gate_up}, {tensor.dtype}"
+                "experts that are joined must agree in dimensions, N and K, gate_up and dtype, found "
+                f"{formats[0]} and {formats[1]}"
             )
     assert isinstance(first, ShuffledMXFP4Tensor)
     return first
@@ -404,13 +435,15 @@ def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
 
 def _joined(first: ShuffledMXFP4Tensor, tensors: list[Any]) -> ShuffledMXFP4Tensor:
     parts = []
-    for tensor in tensors:
-        alike = tensor if _same_bytes(first, tensor) else tensor.clone()
-        if alike is not tensor:
-            alike._storage.target = None
-            alike._storage.relayout_(first._storage.kind)
-        parts.append(_bytes_of(alike))
-    qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
+    with locked(*(tensor._storage for tensor in tensors)):
+        for tensor in tensors:
+            tensor._storage.check_readable()
+            alike = tensor if _same_bytes(first, tensor) else tensor.clone()
+            if alike is not tensor:
+                alike._storage.target = None
+                alike._storage.relayout_(first._storage.kind)
+            parts.append(_bytes_of(alike))
+        qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
     storage = _materialized(first) if first.is_part_of_experts else first._storage
     return first._like(storage.with_bytes(qdata, scale))
 

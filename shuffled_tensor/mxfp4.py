@@ -26,7 +26,7 @@ _BYTE_VALUES = [[_VALUES[byte & 15], _VALUES[byte >> 4]] for byte in range(256)]
 # A value between two magnitudes goes to the nearer one, and from the midpoint to the even code. `bucketize` sends an
 # exact boundary down, so where the even code is the upper one the boundary is the float32 just below the midpoint.
 _BOUNDARIES = tuple(
-    midpoint if code % 2 == 0 else torch.nextafter(torch.tensor(midpoint), torch.tensor(0.0)).item()
+    midpoint if code % 2 == 0 else torch.nextafter(*torch.tensor([midpoint, 0.0], dtype=torch.float32)).item()
     for code, midpoint in enumerate((low + high) / 2 for low, high in pairwise(_MAGNITUDES))
 )
 
@@ -65,23 +65,27 @@ def quantize(values: Tensor, *, scale_rule: str = "even") -> tuple[Tensor, Tenso
         TypeError: ``values`` is not floating point.
         ValueError: K is not a multiple of 32, or the rule is unknown.
     """
+    check_quantizable(values, scale_rule)
+    blocks = values.float().unflatten(-1, (-1, BLOCK))
+    amax = blocks.abs().amax(-1)
+    exponent = _SCALE_RULES[scale_rule](amax).clamp(0, 254)
+    scale = torch.where(amax.isfinite(), exponent, 255).to(torch.uint8)
+    scaled = blocks / e8m0_to_float(scale).unsqueeze(-1)
+    boundaries = torch.tensor(_BOUNDARIES, dtype=torch.float32, device=values.device)
+    codes = torch.bucketize(scaled.abs(), boundaries, out_int32=True).to(torch.uint8)
+    codes |= torch.signbit(blocks).to(torch.uint8) << 3
+    codes = codes.flatten(-2)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4), scale
+
+
+def check_quantizable(values: Tensor, scale_rule: str) -> None:
+    """Raise what :func:`quantize` would."""
     if not values.is_floating_point():
         raise TypeError(f"quantize takes floating-point values, found {values.dtype}")
     if values.dim() == 0 or values.shape[-1] % BLOCK:
         raise ValueError(f"the last dimension must be a multiple of {BLOCK}, found shape {list(values.shape)}")
     if scale_rule not in _SCALE_RULES:
         raise ValueError(f"unknown scale_rule {scale_rule!r}; known rules: {', '.join(map(repr, SCALE_RULES))}")
-    blocks = values.float().unflatten(-1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
-    exponent = _SCALE_RULES[scale_rule](amax).clamp(0, 254)
-    scale = torch.where(amax.isfinite(), exponent, 255).to(torch.uint8)
-    scaled = blocks / e8m0_to_float(scale).unsqueeze(-1)
-    codes = torch.bucketize(scaled.abs(), torch.tensor(_BOUNDARIES, device=values.device), out_int32=True).to(
-        torch.uint8
-    )
-    codes |= torch.signbit(blocks).to(torch.uint8) << 3
-    codes = codes.flatten(-2)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), scale
 
 
 def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -122,13 +122,17 @@ def _lower(
 ) -> Tensor:
     arguments = (hidden_states, w13, w2, topk_weight, topk_ids, out_dtype, backend, hidden_scale, *options)
     call, choice = plan(*arguments)
-    if choice.kind is not None and (call.w13_kind, call.w2_kind) != (choice.kind, choice.kind):
+    storages = [weight._storage for weight in (w13, w2) if isinstance(weight, ShuffledMXFP4Tensor)]
+    # This is a first use whoever computes, so that no later one changes the layout under a call that is running.
+    kinds = [choice.kind or backends.kind_at_first_use(w13.device, storage.target) for storage in storages]
+    if any(kind not in (None, found) for kind, found in zip(kinds, (call.w13_kind, call.w2_kind), strict=True)):
         call.check()  # and the kinds, before anything is changed
-        storages = [weight._storage for weight in (w13, w2) if isinstance(weight, ShuffledMXFP4Tensor)]
         for storage in storages:
-            storage.check_usable_as(choice.kind)
-        for storage in storages:
-            storage.relayout_(choice.kind)
+            if choice.kind is not None:
+                storage.check_usable_as(choice.kind)
+        for storage, kind in zip(storages, kinds, strict=True):
+            if kind is not None:
+                storage.relayout_(kind)
         call, choice = plan(*arguments)
     backends.warn_when_passed_over(choice, w13.device)
     return torch.ops.shuffled_tensor.fused_moe_packed(*vars(call).values())  # type: ignore[no-any-return]

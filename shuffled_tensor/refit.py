@@ -28,7 +28,7 @@ def refit(module: _Module) -> Iterator[_Module]:
     ``load_state_dict`` or ``copy_``; or until ``mark_canonical_()`` says that what they hold is a weight.
 
     Raises:
-        RuntimeError: a weight is unusable already, or shared with another process.
+        RuntimeError: a refit of a weight is open, or its bytes are unusable or perhaps shared with another process.
     """
     storages = weights_of(module)
     for storage in storages:
@@ -44,7 +44,7 @@ def _open(storage: PackedStorage) -> Iterator[None]:
     storage.open_refit()
     try:
         yield
+        storage.close_refit()
     except BaseException as error:
         storage.abandon_refit(error)
         raise
-    storage.close_refit()

@@ -7,6 +7,8 @@ import ctypes
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +61,10 @@ class Geometry(NamedTuple):
     def padded_columns(self) -> int:
         return round_up(self.columns, PADDING)
 
+    @property
+    def padded(self) -> bool:
+        return (self.padded_rows, self.padded_columns) != (self.rows, self.columns)
+
     def halves_of(self, packed: Tensor) -> Tensor:
         """The logical part of row-major padded codes or scales ``[E, padded_rows, bytes]``: a view ``[E, halves, rows /
         halves, logical bytes]``."""
@@ -76,6 +82,15 @@ class Geometry(NamedTuple):
         )
         self.halves_of(padded).copy_(halves)
         return padded
+
+    def put(self, padded: Tensor, values: Tensor, rows: range, columns: slice) -> None:
+        """Write `values` over some logical rows and bytes of row-major padded codes or scales."""
+        each = self.rows // self.halves
+        for half in range(self.halves):
+            first, last = max(rows.start, half * each), min(rows.stop, (half + 1) * each)
+            if first < last:
+                offset = half * (self.padded_rows // self.halves - each)
+                padded[:, first + offset : last + offset, columns] = values[:, first - rows.start : last - rows.start]
 
 
 class Window(NamedTuple):
@@ -100,25 +115,23 @@ class PackedStorage:
         kind: the layout that the bytes are in now.
         target: the kind that the caller fixed, or None where the backend decides at first use.
         pinned: the kind in which somebody outside holds the bytes, so that it must stay; or None.
-        shared: whether another process holds the same memory, so that a change of layout must replace it.
+        sent: whether the memory was sent to another process.
         trouble: why the bytes must not be read as a weight now, or None.
     """
 
     __slots__ = (
         "__weakref__",
+        "_lock",
         "geometry",
         "kind",
         "pinned",
         "qdata",
         "refit_kind",
         "scale",
-        "shared",
+        "sent",
         "target",
         "trouble",
     )
-
-    # One lock for all: a change of layout is rare and saturates the memory system by itself.
-    _lock = threading.RLock()
 
     def __init__(
         self,
@@ -134,9 +147,10 @@ class PackedStorage:
         self.kind = kind
         self.target = target
         self.pinned: ShuffleKind | None = None
-        self.shared = False
+        self.sent = False
         self.trouble: str | None = None
         self.refit_kind: ShuffleKind | None = None  # while a refit is open or was abandoned: what to return to
+        self._lock = threading.RLock()  # held wherever bytes and kind must agree
 
     @classmethod
     def pack(
@@ -145,7 +159,7 @@ class PackedStorage:
         """From logical row-major uint8 ``[E, N, K/2]`` and ``[E, N, K/32]``. Takes the tensors over where nothing needs
         padding or reordering."""
         geometry = Geometry(qdata.shape[1], qdata.shape[2] * 2, gate_up)
-        if interleaved or (geometry.padded_rows, geometry.padded_columns) != (geometry.rows, geometry.columns):
+        if interleaved or geometry.padded:
             return cls(
                 geometry.pad(qdata, 0, interleaved=interleaved),
                 geometry.pad(scale, _PAD_SCALE, interleaved=interleaved),
@@ -161,11 +175,11 @@ class PackedStorage:
 
     def with_bytes(self, qdata: Tensor, scale: Tensor) -> PackedStorage:
         """Other bytes in the same layout: a copy, another device, some of the experts."""
-        self.check_readable()
         return PackedStorage(qdata, scale, self.geometry, self.kind, self.target)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedStorage:
-        copied = memo[id(self)] = self.with_bytes(self.qdata.clone(), self.scale.clone())
+        with self.held():
+            copied = memo[id(self)] = self.with_bytes(self.qdata.clone(), self.scale.clone())
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -191,9 +205,10 @@ class PackedStorage:
                     f"be brought into {kind.value!r} under their holder; clone() the tensor"
                 )
             gate_up = self.geometry.gate_up
-            if LAYOUTS.get((self.kind, gate_up)) is not LAYOUTS.get((kind, gate_up)):
+            if LAYOUTS.get((self.kind, gate_up)) is LAYOUTS.get((kind, gate_up)):
+                self.kind = kind
+            else:
                 self._permute_(kind)
-            self.kind = kind
 
     def _permute_(self, kind: ShuffleKind) -> None:
         on_gpu = is_real(self.qdata) and self.qdata.device.type == "cuda"
@@ -203,20 +218,25 @@ class PackedStorage:
                 "captured, and again at every replay; call shuffled_tensor.prepare(module) before the capture"
             )
         gate_up = self.geometry.gate_up
-        self.trouble = (
-            f"its layout was being changed from {self.kind.value!r} to {kind.value!r} when that was interrupted"
-        )
+        self.trouble = f"changing its layout from {self.kind.value!r} to {kind.value!r} was interrupted"
         with _disable_current_modes(), torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
             if on_gpu:  # kernels of other streams may still be reading the bytes
                 torch.cuda.synchronize(self.qdata.device)
-            qdata, scale = self._owned(self.qdata), self._owned(self.scale)
+            # what another process may be reading is left as it is, and replaced
+            replace = self.is_shared()
+            qdata, scale = (torch.empty_like(data) if replace else data for data in (self.qdata, self.scale))
             unshuffle_weight(self.qdata, self.kind, gate_up=gate_up, out=qdata)
             unshuffle_scale(self.scale, self.kind, gate_up=gate_up, out=scale)
             self.qdata = shuffle_weight(qdata, kind, gate_up=gate_up, out=qdata)
             self.scale = shuffle_scale(scale, kind, gate_up=gate_up, out=scale)
             if on_gpu:  # and others will read them as soon as this returns
                 torch.cuda.synchronize(self.qdata.device)
+        self.kind, self.sent = kind, False
         self.trouble = None
+
+    def is_shared(self) -> bool:
+        """Whether another process may hold this memory, so that a change of layout must replace it."""
+        return self.sent or any(data.device.type == "cpu" and data.is_shared() for data in (self.qdata, self.scale))
 
     def check_refit(self) -> None:
         """Raise RuntimeError where :meth:`open_refit` could not open one."""
@@ -224,20 +244,21 @@ class PackedStorage:
             raise RuntimeError("a refit of this weight is open already")
         if self.refit_kind is None:
             self.check_readable()
-        if self.shared and self.kind is not ShuffleKind.NONE:
-            raise RuntimeError(
-                "another process holds these bytes as they lie, so they cannot be refitted in place; write them with "
-                "copy_ or load_state_dict"
-            )
+            if self.is_shared() and self.kind is not ShuffleKind.NONE:
+                raise RuntimeError(
+                    "another process may hold these bytes as they lie, so they cannot be refitted in place; write "
+                    "them with copy_ or load_state_dict"
+                )
 
     def open_refit(self) -> None:
         """Make the bytes row-major, where they are, for others to write; until the refit ends they are no weight."""
         with self._lock:
+            self.check_refit()
             if self.refit_kind is None:
-                self.refit_kind = self.kind
-                if self.kind is not ShuffleKind.NONE:
+                before = self.kind
+                if before is not ShuffleKind.NONE:
                     self._permute_(ShuffleKind.NONE)
-                    self.kind = ShuffleKind.NONE
+                self.refit_kind = before
             self.trouble = _REFIT_OPEN
 
     def close_refit(self) -> None:
@@ -252,9 +273,9 @@ class PackedStorage:
 
     def assume(self, kind: ShuffleKind) -> None:
         """Believe the caller that the bytes are a weight laid out as ``kind``."""
-        if self.trouble == _REFIT_OPEN:
-            raise RuntimeError("a refit is open, and says what the bytes are when it ends")
         with self._lock:
+            if self.trouble == _REFIT_OPEN:
+                raise RuntimeError("a refit is open, and says what the bytes are when it ends")
             self.kind = kind
             if kind is ShuffleKind.NONE:
                 self._rewrite_pads()
@@ -262,17 +283,31 @@ class PackedStorage:
                 self.refit_kind = None
             self._recover()
 
-    def written_whole(self, window: Window) -> None:
-        """Values were written over a window: where it is everything, what was wrong before is over."""
-        if self.trouble not in (None, _REFIT_OPEN) and window == self.whole(range(self.qdata.shape[0])):
-            self._recover()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else lays the bytes out anew or writes them meanwhile."""
+        with self._lock:
+            self.check_readable()
+            yield
+
+    @contextmanager
+    def writing(self, whole: bool = False) -> Iterator[None]:
+        """Hold the bytes for a write; ``whole`` says that it leaves nothing as it was, so that what was wrong before is
+        over. An exception inside leaves them unusable."""
+        with self._lock:
+            before, self.trouble = self.trouble, self.trouble or "writing to it was interrupted"
+            yield
+            self.trouble = before
+            if whole and before not in (None, _REFIT_OPEN):
+                self._recover()
 
     def _recover(self) -> None:
         """The bytes are a weight in `kind` again; bring them into the kind that they should have."""
         self.trouble = None
-        kind, self.refit_kind = self.refit_kind or self.pinned, None
+        kind = self.refit_kind or self.pinned
         if kind is not None:
             self.relayout_(kind)
+        self.refit_kind = None
 
     def check_readable(self) -> None:
         """Raise RuntimeError where the bytes are not a weight: while a refit writes them, and after one failed."""
@@ -281,8 +316,13 @@ class PackedStorage:
                 trouble = self.trouble
             if trouble is not None:
                 raise RuntimeError(
-                    f"this weight cannot be used: {trouble}; write it whole inside `with refit(module):`, "
-                    "load_state_dict or copy_, or say what its bytes are with mark_canonical_() or mark_shuffled_(kind)"
+                    f"this weight cannot be used: {trouble}; "
+                    + (
+                        "wait until that ends"
+                        if trouble == _REFIT_OPEN
+                        else "write it whole, with load_state_dict, copy_ or another refit, or say what its bytes are "
+                        "with mark_canonical_() or mark_shuffled_(kind)"
+                    )
                 )
 
     def check_usable_as(self, kind: ShuffleKind) -> None:
@@ -294,11 +334,6 @@ class PackedStorage:
                 "backend='reference'"
             )
 
-    def _owned(self, data: Tensor) -> Tensor:
-        # Another process may be reading shared memory: it is left as it is, and replaced.
-        shared = self.shared or (data.device.type == "cpu" and data.is_shared())
-        return torch.empty_like(data) if shared else data
-
     def select(self, experts: range) -> tuple[Tensor, Tensor]:
         """Codes and scales of some experts, as they lie: views."""
         if len(experts) == self.qdata.shape[0]:
@@ -309,11 +344,11 @@ class PackedStorage:
     def canonical(self, experts: range) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, N, K/2]`` and scales ``[len, N, K/32]`` of some experts, in memory of their
         own."""
-        self.check_readable()
         gate_up = self.geometry.gate_up
-        qdata, scale = (data.contiguous() for data in self.select(experts))
-        qdata = unshuffle_weight(qdata, self.kind, gate_up=gate_up)
-        scale = unshuffle_scale(scale, self.kind, gate_up=gate_up)
+        with self.held():
+            qdata, scale = (data.contiguous() for data in self.select(experts))
+            qdata = unshuffle_weight(qdata, self.kind, gate_up=gate_up)
+            scale = unshuffle_scale(scale, self.kind, gate_up=gate_up)
         return self.geometry.halves_of(qdata).flatten(1, 2), self.geometry.halves_of(scale).flatten(1, 2)
 
     def whole_rows(self, window: Window) -> bool:
@@ -332,8 +367,9 @@ class PackedStorage:
 
     def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None) -> None:
         """Write logical row-major codes, scales or both over a window, in whatever layout it lies, with its pads."""
-        self._write_part(window, self.qdata, qdata, 0, PER_BYTE["qdata"], shuffle_weight, unshuffle_weight)
-        self._write_part(window, self.scale, scale, _PAD_SCALE, PER_BYTE["scale"], shuffle_scale, unshuffle_scale)
+        with self.writing():
+            self._write_part(window, self.qdata, qdata, 0, PER_BYTE["qdata"], shuffle_weight, unshuffle_weight)
+            self._write_part(window, self.scale, scale, _PAD_SCALE, PER_BYTE["scale"], shuffle_scale, unshuffle_scale)
 
     def _write_part(
         self,
@@ -348,23 +384,27 @@ class PackedStorage:
         if values is None:
             return
         values = values.to(own.device)
+        columns = _slice(window.columns, per_byte)
         layout: dict[str, Any] = {"kind": self.kind, "gate_up": self.geometry.gate_up}
         for place, experts in self.chunks(window.experts):
             target = own[_slice(experts)]
-            part = values[place]
-            if not self.whole_rows(window):  # what is not written stays
-                around = self.geometry.halves_of(unshuffle(target.contiguous(), **layout)).flatten(1, 2)
-                around[:, _slice(window.rows), _slice(window.columns, per_byte)] = part
-                part = around
-            target.copy_(shuffle(self.geometry.pad(part, fill), **layout))
+            if self.kind is ShuffleKind.NONE and not (self.whole_rows(window) and self.geometry.padded):
+                self.geometry.put(target, values[place], window.rows, columns)
+            elif self.whole_rows(window):
+                target.copy_(shuffle(self.geometry.pad(values[place], fill), **layout))
+            else:  # what is not written stays
+                around = unshuffle(target.contiguous(), **layout)
+                self.geometry.put(around, values[place], window.rows, columns)
+                target.copy_(shuffle(around, **layout))
 
     def _rewrite_pads(self) -> None:
         """Give the pads of canonical bytes, which somebody else wrote, the values they are defined to have."""
-        everything = range(self.qdata.shape[0])
-        for data, fill in ((self.qdata, 0), (self.scale, _PAD_SCALE)):
-            for _, experts in self.chunks(everything):
-                chunk = data[_slice(experts)]
-                chunk.copy_(self.geometry.pad(self.geometry.halves_of(chunk).flatten(1, 2), fill))
+        with torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+            for data, fill in ((self.qdata, 0), (self.scale, _PAD_SCALE)):
+                rows, logical_bytes = self.geometry.halves_of(data).shape[2:]
+                halves = data.unflatten(1, (self.geometry.halves, -1))
+                halves[:, :, rows:] = fill
+                halves[..., logical_bytes:] = fill
 
     def chunks(self, experts: range) -> Iterator[tuple[slice, range]]:
         """Parts of a window small enough that a float32 copy of one is bounded scratch: the part's place in the window,
@@ -389,6 +429,15 @@ class PackedStorage:
         return digest.hexdigest()
 
 
+@contextmanager
+def locked(*storages: PackedStorage) -> Iterator[None]:
+    """Take several locks, in one order, so that no two threads wait for each other."""
+    with ExitStack() as stack:
+        for storage in sorted(storages, key=id):
+            stack.enter_context(storage._lock)
+        yield
+
+
 def _slice(window: range, per_byte: int = 1) -> slice:
     return slice(window.start // per_byte, -(-window.stop // per_byte), window.step)
 
@@ -400,6 +449,30 @@ def _unpickle(qdata: Tensor, scale: Tensor, gate_up: bool, target: str | None) -
 
 
 torch.serialization.add_safe_globals([_unpickle])
+
+
+def _reduce_shared(storage: PackedStorage) -> tuple[Any, ...]:
+    """For torch.multiprocessing: the bytes themselves, as they lie, in shared memory.
+
+    Neither process lays them out anew in place from now on, so what each believes of them stays true.
+    """
+    with storage.held():
+        storage.sent = True
+        target = None if storage.target is None else storage.target.value
+        return _rebuild_shared, (storage.qdata, storage.scale, tuple(storage.geometry), storage.kind.value, target)
+
+
+def _rebuild_shared(
+    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], kind: str, target: str | None
+) -> PackedStorage:
+    storage = PackedStorage(
+        qdata, scale, Geometry(*geometry), ShuffleKind(kind), None if target is None else ShuffleKind(target)
+    )
+    storage.sent = True
+    return storage
+
+
+ForkingPickler.register(PackedStorage, _reduce_shared)
 
 
 def is_real(data: Tensor) -> bool:

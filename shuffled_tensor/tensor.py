@@ -6,8 +6,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from shuffled_tensor import backends, mxfp4
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import Geometry, PackedStorage, Window, is_real
+from shuffled_tensor.storage import PackedStorage, Window, is_real
 from shuffled_tensor.views import PackedView
 
 __all__ = ["OPERATIONS", "ShuffledMXFP4Tensor", "implements"]
@@ -201,8 +201,9 @@ class ShuffledMXFP4Tensor(Tensor):
 
     @property
     def gate_up(self) -> bool:
-        """Whether the rows are gate rows, then up rows."""
-        return self._storage.geometry.gate_up
+        """Whether the rows are gate rows, then up rows; a view of some rows has them as they come."""
+        geometry = self._storage.geometry
+        return geometry.gate_up and len(self._window.rows) == geometry.rows
 
     @property
     def shuffle_kind(self) -> ShuffleKind | None:
@@ -293,12 +294,18 @@ class ShuffledMXFP4Tensor(Tensor):
         """
         if weight.shape != self.shape:
             raise ValueError(f"refit_from_hp_ takes values of shape {list(self.shape)}, found {list(weight.shape)}")
+        mxfp4.check_quantizable(weight, scale_rule)
         values, window = weight.detach().reshape(self._window.shape), self._window
-        for place, experts in self._storage.chunks(window.experts):
-            parts = mxfp4.quantize(values[place], scale_rule=scale_rule)
-            self._storage.write(window._replace(experts=experts), *parts)
-        self._storage.written_whole(window)
+        with self.writing():
+            for place, experts in self._storage.chunks(window.experts):
+                parts = mxfp4.quantize(values[place], scale_rule=scale_rule)
+                self._storage.write(window._replace(experts=experts), *parts)
         return self
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Around everything that writes: an exception inside leaves the bytes unusable."""
+        storage = self._storage
+        return storage.writing(whole=self._window == storage.whole(range(storage.qdata.shape[0])))
 
     def mark_canonical_(self) -> ShuffledMXFP4Tensor:
         """Say that the bytes of the whole storage are row-major now: for a writer that went past this tensor.
@@ -327,6 +334,8 @@ class ShuffledMXFP4Tensor(Tensor):
         """
         if dim not in ("expert", "intermediate"):
             raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
+        if dim == "expert" and self.dim() == 2:
+            raise ValueError(f"dim='expert' needs a tensor [experts, N, K], found shape {list(self.shape)}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
         size = self.shape[0] if dim == "expert" else self.shape[-2] // 2 if self.gate_up else self.shape[-1]
@@ -345,31 +354,39 @@ class ShuffledMXFP4Tensor(Tensor):
         own.relayout_(self._storage.kind)
         return self._like(own)
 
-    def permute_experts_(self, order: Sequence[int]) -> ShuffledMXFP4Tensor:
+    def permute_experts_(self, order: Sequence[int] | Tensor) -> ShuffledMXFP4Tensor:
         """Expert ``order[i]`` becomes expert ``i``, weight and scale together, in place, with one expert of scratch.
 
         Raises:
             ValueError: ``order`` is no permutation of the experts.
         """
+        order = [int(expert) for expert in order]
         if sorted(order) != list(range(self.shape[0])) or self.dim() != 3:
-            raise ValueError(f"order must hold each of the {self.shape[0]} experts once, found {list(order)}")
-        for data in (self.qdata, self.scale):
-            done: set[int] = set()
-            for first in range(len(order)):
-                if first in done or order[first] == first:
-                    continue
-                kept, place = data[first].clone(), first
-                while order[place] != first:
-                    data[place].copy_(data[order[place]])
+            raise ValueError(f"order must hold each of the {self.shape[0]} experts once, found {order}")
+        parts = self.qdata, self.scale
+        with self._storage.held(), self._storage.writing():
+            for data in parts:
+                done: set[int] = set()
+                for first in range(len(order)):
+                    if first in done or order[first] == first:
+                        continue
+                    kept, place = data[first].clone(), first
+                    while order[place] != first:
+                        data[place].copy_(data[order[place]])
+                        done.add(place)
+                        place = order[place]
+                    data[place].copy_(kept)
                     done.add(place)
-                    place = order[place]
-                data[place].copy_(kept)
-                done.add(place)
         return self
 
     def data_ptr(self) -> int:
         """The address of the codes: it stays through shuffles and refits."""
         return self.qdata.data_ptr()
+
+    def _no_values_in_memory(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("its values are packed; call .dequantize() for a plain tensor")
+
+    apply_ = __dlpack__ = _no_values_in_memory  # torch does them in C, and crashes on a wrapper
 
     def share_memory_(self) -> ShuffledMXFP4Tensor:
         """Move codes and scales to shared memory; a later change of layout replaces them instead of rewriting them."""
@@ -498,30 +515,6 @@ def _rebuild(
     return self
 
 
-def _reduce_shared(tensor: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
-    """For torch.multiprocessing: the bytes themselves, as they lie, in shared memory.
-
-    Neither process lays them out anew in place from now on, so what each believes of them stays true.
-    """
-    storage = tensor._storage
-    storage.check_readable()
-    storage.shared = True
-    target = None if storage.target is None else storage.target.value
-    state = (storage.qdata, storage.scale, tuple(storage.geometry), storage.kind.value, target)
-    _, (_, *rest) = tensor.__reduce_ex__(None)
-    return _rebuild_shared, (state, *rest)
-
-
-def _rebuild_shared(state: tuple[Any, ...], *rest: Any) -> ShuffledMXFP4Tensor:
-    qdata, scale, geometry, kind, target = state
-    storage = PackedStorage(
-        qdata, scale, Geometry(*geometry), ShuffleKind(kind), None if target is None else ShuffleKind(target)
-    )
-    storage.shared = True
-    return _rebuild(storage, *rest)
-
-
-ForkingPickler.register(ShuffledMXFP4Tensor, _reduce_shared)
 torch.serialization.add_safe_globals([_rebuild])
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -45,6 +45,15 @@ class PackedView(Tensor):
         """The bytes as a plain uint8 tensor."""
         data = dict(zip(("qdata", "scale"), self._storage.read(self._window), strict=True))[self._part]
         return (data[0] if self.dim() == 2 else data).contiguous()
+
+    def _no_memory(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"a view of {self._part} has no memory in row-major order; clone() it for plain bytes, or write inside "
+            "`with refit(module):`"
+        )
+
+    # what torch does in C, on memory that a wrapper does not have
+    data_ptr = share_memory_ = apply_ = __dlpack__ = __reduce_ex__ = _no_memory
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedView({self._part}, shape={tuple(self.shape)}, device='{self.device}')"

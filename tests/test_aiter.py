@@ -193,12 +193,13 @@ def test_refused_calls_are_rerouted_or_raise(era: str, name: str, device: str) -
         report = explain(**layer)
         assert report.backend == "reference"
         assert reason in report.passed_over["aiter"]
-        out = fused_moe(**layer)
-        assert torch.equal(out, fused_moe(**layer, backend="reference"))
         with pytest.raises(ValueError, match="aiter cannot take this call: "):
             fused_moe(**layer, backend="aiter")
-        assert double.reads == []
         assert not layer["w13"].is_shuffled  # nothing was used, so nothing was shuffled
+        out = fused_moe(**layer)
+        assert layer["w13"].is_shuffled  # or a later call would change the layout under one that is running
+        assert double.reads == []
+    assert torch.equal(out, fused_moe(**make_layer(device) | change))
 
 
 def test_the_kernels_own_rule_may_be_named(device: str) -> None:
