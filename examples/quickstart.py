@@ -140,7 +140,7 @@ def with_a_tag_instead(experts: Experts, layer: dict[str, Tensor]) -> tuple[bool
         "mxfp4_moe" if tag else "none",  # decided by the tag
         "mxfp4_moe",
         256,
-        torch.bfloat16,
+        "bfloat16",
         "reference",
         hidden_scale=layer["x_scale"],
         activation_dtype="mxfp4",
