@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
@@ -172,6 +172,14 @@ class PackedStorage:
             for data in (qdata, scale)
         )
         return cls(qdata, scale, geometry, target=target)
+
+    @classmethod
+    def zeros(cls, experts: int, geometry: Geometry, device: torch.device, kind: ShuffleKind) -> PackedStorage:
+        """Zero codes with scales of 1, which any layout leaves as they are."""
+        shape = experts, geometry.padded_rows, geometry.padded_columns
+        qdata = torch.zeros(*shape[:2], shape[2] // PER_BYTE["qdata"], dtype=torch.uint8, device=device)
+        scale = torch.full((*shape[:2], shape[2] // PER_BYTE["scale"]), _PAD_SCALE, dtype=torch.uint8, device=device)
+        return cls(qdata, scale, geometry, kind)
 
     def with_bytes(self, qdata: Tensor, scale: Tensor) -> PackedStorage:
         """Other bytes in the same layout: a copy, another device, some of the experts."""
@@ -421,12 +429,17 @@ class PackedStorage:
 
     def checksum(self, window: Window) -> str:
         """SHA-256, in hex, over the logical sizes and, expert by expert, the row-major logical codes and scales."""
-        digest = hashlib.sha256(f"mxfp4 {'x'.join(map(str, window.shape))}".encode())
-        for expert in window.experts:
-            for data in self.read(window._replace(experts=range(expert, expert + 1))):
-                data = data.contiguous().cpu()
-                digest.update(ctypes.string_at(data.data_ptr(), data.nbytes))
-        return digest.hexdigest()
+        experts = (window._replace(experts=range(expert, expert + 1)) for expert in window.experts)
+        return checksum(window.shape, (data for expert in experts for data in self.read(expert)))
+
+
+def checksum(shape: tuple[int, int, int], parts: Iterable[Tensor]) -> str:
+    """SHA-256, in hex, of logical sizes and, expert by expert, row-major logical codes and scales."""
+    digest = hashlib.sha256(f"mxfp4 {'x'.join(map(str, shape))}".encode())
+    for data in parts:
+        data = data.contiguous().cpu()
+        digest.update(ctypes.string_at(data.data_ptr(), data.nbytes))
+    return digest.hexdigest()
 
 
 @contextmanager

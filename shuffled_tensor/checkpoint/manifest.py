@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""What a file says about its MXFP4 weights, in the metadata of its header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from shuffled_tensor.checkpoint.files import CheckpointError
+from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.mxfp4 import BLOCK
+from shuffled_tensor.storage import Geometry
+
+__all__ = ["Entry", "dump", "parse"]
+
+KEY = "shuffled_tensor"
+VERSION = 1
+NO_CHECKSUM = "0" * 64
+"""Stands in a partial file until everything in it was read back."""
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+class Entry(NamedTuple):
+    """One weight ``<name>``, stored as uint8 ``<name>.qdata`` and ``<name>.scale``: logical and row-major where its
+    ``kind`` is ``"none"``, else padded, as the bytes lay in memory."""
+
+    kind: ShuffleKind
+    gate_up: bool
+    shape: tuple[int, ...]
+    """Logical: ``[E, N, K]`` or ``[N, K]``."""
+    dtype: torch.dtype
+    shuffle_kind: ShuffleKind | None
+    """The kind that the weight was made for, if it was."""
+    checksum: str
+    """``logical_checksum()``."""
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.shape[-2], self.shape[-1], self.gate_up)
+
+    def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of ``.qdata`` and ``.scale``."""
+        rows, columns = self.shape[-2:]
+        if self.kind is not ShuffleKind.NONE:
+            rows, columns = self.geometry.padded_rows, self.geometry.padded_columns
+        return (*self.shape[:-2], rows, columns // 2), (*self.shape[:-2], rows, columns // BLOCK)
+
+
+def dump(entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Metadata for a header."""
+    tensors = {
+        name: {
+            "kind": entry.kind.value,
+            "gate_up": entry.gate_up,
+            "shape": entry.shape,
+            "padded": entry.stored_shapes()[0][-2:] if entry.kind is not ShuffleKind.NONE else None,
+            "dtype": str(entry.dtype).removeprefix("torch."),
+            "shuffle_kind": None if entry.shuffle_kind is None else entry.shuffle_kind.value,
+            "checksum": entry.checksum,
+        }
+        for name, entry in entries.items()
+    }
+    return {KEY: json.dumps({"version": VERSION, "tensors": tensors, "seal": _seal(tensors)})}
+
+
+def parse(metadata: Mapping[str, str], file: Path) -> dict[str, Entry]:
+    """The entries of a header's metadata; none where there is no manifest.
+
+    Raises:
+        CheckpointError: a manifest of an unknown version, a damaged one, or an entry that says something impossible.
+    """
+    if KEY not in metadata:
+        return {}
+    try:
+        manifest = json.loads(metadata[KEY])
+        version = manifest["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"the manifest of {file} cannot be read: {error!r}") from error
+    if version != VERSION:
+        raise CheckpointError(
+            f"the manifest of {file} has format version {version!r}, and this build knows {VERSION}; use a newer "
+            "shuffled_tensor, or save with layout='canonical' and load the plain tensors"
+        )
+    try:
+        tensors = manifest["tensors"]
+        if manifest["seal"] != _seal(tensors):
+            raise CheckpointError(f"the manifest of {file} was changed or damaged: its seal does not fit")
+        return {name: _entry(raw) for name, raw in tensors.items()}
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the manifest of {file} says something impossible: {error}") from error
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    shape = tuple(raw["shape"])
+    target, checksum = raw["shuffle_kind"], raw["checksum"]
+    if not (len(shape) in (2, 3) and all(type(size) is int and size > 0 for size in shape) and shape[-1] % BLOCK == 0):
+        raise ValueError(f"shape {list(shape)}")
+    if type(raw["gate_up"]) is not bool or (raw["gate_up"] and shape[-2] % 2):
+        raise ValueError(f"gate_up {raw['gate_up']!r} for {shape[-2]} rows")
+    if not isinstance(checksum, str) or len(checksum) != 64:
+        raise ValueError(f"checksum {checksum!r}")
+    entry = Entry(
+        ShuffleKind(raw["kind"]),
+        raw["gate_up"],
+        shape,
+        _DTYPES[raw["dtype"]],
+        None if target is None else ShuffleKind(target),
+        checksum,
+    )
+    padded = list(entry.stored_shapes()[0][-2:]) if entry.kind is not ShuffleKind.NONE else None
+    if raw["padded"] != padded:
+        raise ValueError(f"padded sizes {raw['padded']} for kind {entry.kind.value!r}, which has {padded}")
+    return entry
+
+
+def _seal(tensors: object) -> str:
+    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
