@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
+from shuffled_tensor.checks import check_logical_dtype
 from shuffled_tensor.storage import PackedStorage, locked
-from shuffled_tensor.tensor import OPERATIONS, ShuffledMXFP4Tensor, check_logical_dtype, implements
+from shuffled_tensor.tensor import OPERATIONS, ShuffledMXFP4Tensor, implements
 
 aten = torch.ops.aten
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
+from shuffled_tensor.geometry import Geometry
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import Geometry, PackedStorage
+from shuffled_tensor.storage import PackedStorage
 
 __all__ = ["ACTIVATIONS", "MoECall"]
 

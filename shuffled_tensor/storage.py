@@ -9,100 +9,29 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4
+from shuffled_tensor.geometry import PER_BYTE, Geometry, Window, slice_of
 from shuffled_tensor.layouts import (
     LAYOUTS,
     ShuffleKind,
     expert_chunks,
-    round_up,
     shuffle_scale,
     shuffle_weight,
     unshuffle_scale,
     unshuffle_weight,
 )
 
-__all__ = ["Geometry", "PackedStorage"]
-
-PADDING = 256
-"""Rows (of each gate and up half) and columns are padded to multiples of this, as ATOM does, so that the w13 and w2 of
-one layer agree on both."""
+__all__ = ["PackedStorage"]
 
 _PAD_SCALE = 127  # 1.0; the codes of a pad are zero
 
-PER_BYTE = {"qdata": 2, "scale": mxfp4.BLOCK}
-"""Columns that one byte of codes, and of scales, is about."""
-
-
 _REFIT_OPEN = "it is being written in a refit"
-
-
-class Geometry(NamedTuple):
-    """Logical and padded sizes of one expert: ``rows`` is N and ``columns`` K, both logical."""
-
-    rows: int
-    columns: int
-    gate_up: bool
-
-    @property
-    def halves(self) -> int:
-        return 2 if self.gate_up else 1
-
-    @property
-    def padded_rows(self) -> int:
-        return self.halves * round_up(self.rows // self.halves, PADDING)
-
-    @property
-    def padded_columns(self) -> int:
-        return round_up(self.columns, PADDING)
-
-    @property
-    def padded(self) -> bool:
-        return (self.padded_rows, self.padded_columns) != (self.rows, self.columns)
-
-    def halves_of(self, packed: Tensor) -> Tensor:
-        """The logical part of row-major padded codes or scales ``[E, padded_rows, bytes]``: a view ``[E, halves, rows /
-        halves, logical bytes]``."""
-        logical_bytes = self.columns * packed.shape[-1] // self.padded_columns
-        halves: Tensor = packed.unflatten(1, (self.halves, -1))
-        return halves[:, :, : self.rows // self.halves, :logical_bytes]
-
-    def pad(self, logical: Tensor, fill: int, *, interleaved: bool = False) -> Tensor:
-        """Codes or scales ``[E, rows, bytes]`` in a new, row-major ``[E, padded_rows, padded bytes]``; ``interleaved``
-        rows (g0, u0, g1, ...) are parted."""
-        padded_bytes = logical.shape[-1] * self.padded_columns // self.columns
-        padded = logical.new_full((len(logical), self.padded_rows, padded_bytes), fill)
-        halves = (
-            logical.unflatten(1, (-1, 2)).transpose(1, 2) if interleaved else logical.unflatten(1, (self.halves, -1))
-        )
-        self.halves_of(padded).copy_(halves)
-        return padded
-
-    def put(self, padded: Tensor, values: Tensor, rows: range, columns: slice) -> None:
-        """Write `values` over some logical rows and bytes of row-major padded codes or scales."""
-        each = self.rows // self.halves
-        for half in range(self.halves):
-            first, last = max(rows.start, half * each), min(rows.stop, (half + 1) * each)
-            if first < last:
-                offset = half * (self.padded_rows // self.halves - each)
-                padded[:, first + offset : last + offset, columns] = values[:, first - rows.start : last - rows.start]
-
-
-class Window(NamedTuple):
-    """A part of a storage, in logical experts, rows and columns; rows and columns without steps."""
-
-    experts: range
-    rows: range
-    columns: range
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return len(self.experts), len(self.rows), len(self.columns)
 
 
 class PackedStorage:
@@ -370,7 +299,7 @@ class PackedStorage:
     def read(self, window: Window) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, rows, columns / 2]`` and scales ``[len, rows, columns / 32]`` of a window."""
         parts = zip(self.canonical(window.experts), PER_BYTE.values(), strict=True)
-        qdata, scale = (data[:, _slice(window.rows), _slice(window.columns, per_byte)] for data, per_byte in parts)
+        qdata, scale = (data[:, slice_of(window.rows), slice_of(window.columns, per_byte)] for data, per_byte in parts)
         return qdata, scale
 
     def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None) -> None:
@@ -392,10 +321,10 @@ class PackedStorage:
         if values is None:
             return
         values = values.to(own.device)
-        columns = _slice(window.columns, per_byte)
+        columns = slice_of(window.columns, per_byte)
         layout: dict[str, Any] = {"kind": self.kind, "gate_up": self.geometry.gate_up}
         for place, experts in self.chunks(window.experts):
-            target = own[_slice(experts)]
+            target = own[slice_of(experts)]
             if self.kind is ShuffleKind.NONE and not (self.whole_rows(window) and self.geometry.padded):
                 self.geometry.put(target, values[place], window.rows, columns)
             elif self.whole_rows(window):
@@ -449,10 +378,6 @@ def locked(*storages: PackedStorage) -> Iterator[None]:
         for storage in sorted(storages, key=id):
             stack.enter_context(storage._lock)
         yield
-
-
-def _slice(window: range, per_byte: int = 1) -> slice:
-    return slice(window.start // per_byte, -(-window.stop // per_byte), window.step)
 
 
 def _unpickle(qdata: Tensor, scale: Tensor, gate_up: bool, target: str | None) -> PackedStorage:

@@ -16,16 +16,13 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from shuffled_tensor import backends, mxfp4
 from shuffled_tensor.backends import aiter
+from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.geometry import Window
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import PackedStorage, Window, is_real
+from shuffled_tensor.storage import PackedStorage, is_real
 from shuffled_tensor.views import PackedView
 
 __all__ = ["OPERATIONS", "ShuffledMXFP4Tensor", "implements"]
-
-_CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
-_LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_ROW_ORDERS = ("contiguous", "interleaved")
 
 OPERATIONS: dict[torch._ops.OpOverload | str, Callable[..., Any]] = {}
 """What each operator does to a :class:`ShuffledMXFP4Tensor`; one that is not a key raises NotImplementedError.
@@ -108,8 +105,8 @@ class ShuffledMXFP4Tensor(Tensor):
         shuffle_kind: ShuffleKind | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> ShuffledMXFP4Tensor:
-        _check_parts(qdata, scale)
-        _check_row_order(gate_up, row_order, qdata.shape[-2])
+        check_parts(qdata, scale)
+        check_row_order(gate_up, row_order, qdata.shape[-2])
         check_logical_dtype(dtype)
         target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
         with torch.no_grad():
@@ -516,60 +513,3 @@ def _rebuild(
 
 
 torch.serialization.add_safe_globals([_rebuild])
-
-
-def _check_parts(qdata: Tensor, scale: Tensor) -> None:
-    for name, data, dtypes, remedy in (
-        (
-            "qdata",
-            qdata,
-            _CODE_DTYPES,
-            "; quantise float weights with ShuffledMXFP4Tensor.from_hp" if qdata.is_floating_point() else "",
-        ),
-        ("scale", scale, _SCALE_DTYPES, "; e8m0 scales are exponent bytes, not factors"),
-    ):
-        if data.dtype not in dtypes:
-            raise TypeError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, found {data.dtype}{remedy}")
-    if qdata.dim() not in (2, 3):
-        raise ValueError(
-            f"qdata must be [experts, N, K/2] or [N, K/2], found shape {list(qdata.shape)}; blocks [..., K/32, "
-            "16] become it with .flatten(-2)"
-        )
-    columns = qdata.shape[-1] * 2
-    if columns == 0 or columns % mxfp4.BLOCK:
-        raise ValueError(
-            f"K must be a multiple of {mxfp4.BLOCK}, found K={columns} (qdata of shape {list(qdata.shape)} holds "
-            "two columns a byte)"
-        )
-    expected = [*qdata.shape[:-1], columns // mxfp4.BLOCK]
-    if list(scale.shape) != expected:
-        raise ValueError(
-            f"scale must be {expected}, one for {mxfp4.BLOCK} columns of qdata {list(qdata.shape)}, found shape "
-            f"{list(scale.shape)}"
-        )
-    if qdata.device != scale.device:
-        raise ValueError(f"qdata and scale must be on one device, found {qdata.device} and {scale.device}")
-
-
-def _check_row_order(gate_up: bool, row_order: str | None, rows: int) -> None:
-    if gate_up:
-        if row_order not in _ROW_ORDERS:
-            raise ValueError(
-                "gate_up=True needs row_order='contiguous' (all gate rows, then all up rows: Quark, "
-                "compressed-tensors, DeepSeek) "
-                f"or 'interleaved' (g0, u0, g1, u1, ...: gpt-oss), found {row_order!r}"
-            )
-        if rows % 2:
-            raise ValueError(f"gate_up=True needs an even number of rows, half gate and half up, found N={rows}")
-    elif row_order not in (None, "contiguous"):
-        raise ValueError(
-            f"row_order={row_order!r} needs gate_up=True; a weight without gate and up rows takes None or 'contiguous'"
-        )
-
-
-def check_logical_dtype(dtype: torch.dtype) -> None:
-    """Raise TypeError for a dtype that a packed weight cannot claim to have."""
-    if dtype not in _LOGICAL_DTYPES:
-        raise TypeError(
-            f"the logical dtype must be {', '.join(str(dtype) for dtype in _LOGICAL_DTYPES)}, found {dtype}"
-        )

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shuffled_tensor.storage import PER_BYTE, PackedStorage, Window
+from shuffled_tensor.geometry import PER_BYTE, Window
+from shuffled_tensor.storage import PackedStorage
 
 __all__ = ["PackedView"]
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.files import CheckpointError, Files
+from shuffled_tensor.geometry import PER_BYTE
 from shuffled_tensor.layouts import ShuffleKind, unshuffle_scale, unshuffle_weight
 from shuffled_tensor.mxfp4 import BLOCK
-from shuffled_tensor.storage import PER_BYTE, checksum
+from shuffled_tensor.storage import checksum
 
 __all__ = ["FORMATS", "Layer", "Weight", "find_layers"]
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.files import DTYPES, CheckpointError, Files, Part, write_file
 from shuffled_tensor.checkpoint.formats import Layer, Weight, find_layers, manifest_weights
+from shuffled_tensor.geometry import Geometry
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.mxfp4 import BLOCK
-from shuffled_tensor.storage import Geometry, PackedStorage
+from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.tensor import ShuffledMXFP4Tensor
 
 __all__ = ["Experts", "load_experts", "load_file", "save_file"]

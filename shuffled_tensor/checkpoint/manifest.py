@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from shuffled_tensor.checkpoint.files import CheckpointError
+from shuffled_tensor.geometry import Geometry
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.mxfp4 import BLOCK
-from shuffled_tensor.storage import Geometry
 
 __all__ = ["Entry", "dump", "parse"]
 
