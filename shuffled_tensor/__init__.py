@@ -10,7 +10,8 @@ from shuffled_tensor.ops import fused_moe
 from shuffled_tensor.prepare import prepare
 from shuffled_tensor.refit import refit
 from shuffled_tensor.report import Explanation, explain
-from shuffled_tensor.tensor import KernelOperands, ShuffledMXFP4Tensor, implements
+from shuffled_tensor.tensor import KernelOperands, ShuffledMXFP4Tensor
+from shuffled_tensor.wrapper import implements
 
 __all__ = [
     "SCALE_RULES",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What each aten operation does to a :class:`ShuffledMXFP4Tensor`: the rows of
-:data:`shuffled_tensor.tensor.OPERATIONS`. A handler's docstring is its line in OPERATIONS.md.
+:data:`shuffled_tensor.wrapper.OPERATIONS`. A handler's docstring is its line in OPERATIONS.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 from shuffled_tensor import mxfp4
 from shuffled_tensor.checks import check_logical_dtype
 from shuffled_tensor.storage import PackedStorage, locked
-from shuffled_tensor.tensor import OPERATIONS, ShuffledMXFP4Tensor, implements
+from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.wrapper import OPERATIONS, implements
 
 aten = torch.ops.aten
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.ops import fused_moe
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor, implements
+from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.wrapper import implements
 
 __all__ = ["bind"]
 

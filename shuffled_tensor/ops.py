@@ -13,7 +13,8 @@ from torch import Tensor
 
 from shuffled_tensor import backends
 from shuffled_tensor.moe import MoECall
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor, implements
+from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.wrapper import implements
 
 __all__ = ["fused_moe"]
 

@@ -4,43 +4,24 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from shuffled_tensor import backends, mxfp4
+from shuffled_tensor import mxfp4
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
 from shuffled_tensor.geometry import Window
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import PackedStorage, is_real
+from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.views import PackedView
+from shuffled_tensor.wrapper import Wrapper
 
-__all__ = ["OPERATIONS", "ShuffledMXFP4Tensor", "implements"]
-
-OPERATIONS: dict[torch._ops.OpOverload | str, Callable[..., Any]] = {}
-"""What each operator does to a :class:`ShuffledMXFP4Tensor`; one that is not a key raises NotImplementedError.
-
-An operator that another library registers, perhaps later or never, is named: ``"aiter::fused_moe_"``.
-"""
-
-_Handler = TypeVar("_Handler", bound=Callable[..., Any])
-
-
-def implements(*operators: torch._ops.OpOverload | str) -> Callable[[_Handler], _Handler]:
-    """Make a function the rows of :data:`OPERATIONS` for some operators; it is called with the operator's arguments."""
-
-    def register(handler: _Handler) -> _Handler:
-        OPERATIONS.update(dict.fromkeys(operators, handler))
-        return handler
-
-    return register
+__all__ = ["KernelOperands", "ShuffledMXFP4Tensor"]
 
 
 class KernelOperands(NamedTuple):
@@ -57,7 +38,7 @@ class KernelOperands(NamedTuple):
     gate_mode: str
 
 
-class ShuffledMXFP4Tensor(Tensor):
+class ShuffledMXFP4Tensor(Wrapper):
     """E experts of N x K numbers in MXFP4, whose bytes may lie in the order that a kernel wants.
 
     The tensor *is* its logical value: shape ``[E, N, K]`` (or ``[N, K]``, one expert) and a floating-point dtype. In
@@ -86,14 +67,6 @@ class ShuffledMXFP4Tensor(Tensor):
         ValueError: a wrong rank, shapes that do not fit each other, K not a multiple of 32, tensors on different
             devices, a missing or unknown ``row_order``, an unknown kind.
     """
-
-    _storage: PackedStorage
-    _window: Window
-    _index: int | slice | None
-    """What takes this tensor's experts out of the storage's; None where they are all of them."""
-    _carried: dict[str, Any]
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(
         cls,
@@ -143,58 +116,6 @@ class ShuffledMXFP4Tensor(Tensor):
         with torch.no_grad():
             qdata, scale = mxfp4.quantize(weight.detach(), scale_rule=scale_rule)
         return cls(qdata, scale, gate_up=gate_up, row_order=row_order, shuffle_kind=shuffle_kind, dtype=weight.dtype)
-
-    @classmethod
-    def _wrap(cls, storage: PackedStorage, window: Window, rank: int, dtype: torch.dtype) -> ShuffledMXFP4Tensor:
-        """A tensor over a window of a storage; rank 2 shows a single expert."""
-        # A view that inference_mode makes of a tensor from outside it could not share a version counter
-        # (pytorch#164872).
-        with torch.inference_mode(False), torch.no_grad():
-            self = torch.Tensor._make_wrapper_subclass(
-                cls, window.shape[-rank:], dtype=dtype, device=storage.qdata.device, requires_grad=False
-            )
-        self._storage = storage
-        self._window = window
-        experts = window.experts
-        if rank == 2:
-            self._index = experts[0]
-        elif len(experts) < storage.qdata.shape[0]:
-            self._index = slice(experts.start, experts.stop, experts.step)
-        else:
-            self._index = None
-        return self
-
-    def _view(self, rank: int | None = None, **window: range) -> ShuffledMXFP4Tensor:
-        """A part of this tensor, over the same bytes."""
-        return self._wrap(self._storage, self._window._replace(**window), rank or self.dim(), self.dtype)
-
-    def _like(self, storage: PackedStorage, dtype: torch.dtype | None = None) -> ShuffledMXFP4Tensor:
-        """All of another storage, as a tensor of this one's rank."""
-        return self._wrap(storage, storage.whole(range(storage.qdata.shape[0])), self.dim(), dtype or self.dtype)
-
-    @property
-    def is_part_of_experts(self) -> bool:
-        """Whether this is a view of some rows or columns, whose bytes have no place of their own in memory."""
-        return not self._storage.whole_rows(self._window)
-
-    def _own_bytes(self, data: Tensor) -> Tensor:
-        if self.is_part_of_experts:
-            raise ValueError(
-                "a view of rows or columns has no bytes of its own in memory; clone() it, or write to it with copy_"
-            )
-        return data if self._index is None else data[self._index]
-
-    @property
-    def qdata(self) -> Tensor:
-        """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
-        the storage."""
-        return self._own_bytes(self._storage.qdata)
-
-    @property
-    def scale(self) -> Tensor:
-        """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
-        the storage."""
-        return self._own_bytes(self._storage.scale)
 
     @property
     def gate_up(self) -> bool:
@@ -376,49 +297,6 @@ class ShuffledMXFP4Tensor(Tensor):
                     done.add(place)
         return self
 
-    def data_ptr(self) -> int:
-        """The address of the codes: it stays through shuffles and refits."""
-        return self.qdata.data_ptr()
-
-    def _no_values_in_memory(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("its values are packed; call .dequantize() for a plain tensor")
-
-    apply_ = __dlpack__ = _no_values_in_memory  # torch does them in C, and crashes on a wrapper
-
-    def share_memory_(self) -> ShuffledMXFP4Tensor:
-        """Move codes and scales to shared memory; a later change of layout replaces them instead of rewriting them."""
-        self._storage.qdata.share_memory_()
-        self._storage.scale.share_memory_()
-        return self
-
-    def is_shared(self) -> bool:
-        """Whether the codes are in shared memory."""
-        return bool(self._storage.qdata.is_shared())
-
-    @property
-    def data(self) -> ShuffledMXFP4Tensor:
-        """Another tensor over the same bytes; assigning a :class:`ShuffledMXFP4Tensor` takes over its storage."""
-        return self.detach()  # type: ignore[return-value]
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        if isinstance(value, ShuffledMXFP4Tensor) and (value.shape, value.dtype, value.device) == (
-            self.shape,
-            self.dtype,
-            self.device,
-        ):
-            self._storage, self._window, self._index = value._storage, value._window, value._index
-            return
-        raise TypeError(
-            f".data takes a ShuffledMXFP4Tensor of shape {list(self.shape)}, {self.dtype}, on {self.device}, found "
-            f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}, on {value.device}; write values "
-            "with copy_, packed bytes through .qdata_view and .scale_view"
-        )
-
-    def requires_grad_(self, requires_grad: bool = True) -> ShuffledMXFP4Tensor:
-        """Does nothing: packed codes have no gradient, and ``nn.Parameter`` asks for one by default."""
-        return self
-
     def __repr__(self) -> str:  # type: ignore[override]
         kind = self.shuffle_kind
         return (
@@ -442,62 +320,6 @@ class ShuffledMXFP4Tensor(Tensor):
         # The storage is an object of its own in the file, so that aliases saved together stay aliases.
         window = tuple((part.start, part.stop, part.step) for part in self._window)
         return _rebuild, (self._storage, window, self.dim(), self.dtype, self.user_attributes())
-
-    def user_attributes(self) -> dict[str, Any]:
-        """What others have set on this object (``weight_loader``, ``_is_param``)."""
-        own = ShuffledMXFP4Tensor.__annotations__
-        return {name: value for name, value in self.__dict__.items() if name not in own}
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
-        storage = self._storage
-        storage.check_readable()
-        if is_real(storage.qdata):
-            kind = backends.kind_at_first_use(self.device, storage.target)
-            if kind is not None:
-                storage.relayout_(kind)
-        return ["qdata", "scale"], (storage.geometry, storage.kind, storage.target, self.dtype)
-
-    @classmethod
-    def __tensor_unflatten__(
-        cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Sequence[int], outer_stride: Sequence[int]
-    ) -> ShuffledMXFP4Tensor:
-        geometry, kind, target, dtype = context
-        qdata, scale = inner["qdata"], inner["scale"]
-        rank = qdata.dim()
-        if rank == 2:
-            qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
-        storage = PackedStorage(qdata, scale, geometry, kind, target)
-        return cls._wrap(storage, storage.whole(range(len(qdata))), rank, dtype)
-
-    def _stable_hash_for_caching(self) -> str:
-        """What distinguishes a compiled artefact in torch's caches: layout and sizes, and who would run it."""
-        _, context = self.__tensor_flatten__()
-        inner = [(tuple(part.shape), part.stride()) for part in (self.qdata, self.scale)]
-        known = (
-            type(self).__qualname__,
-            tuple(self.shape),
-            context,
-            inner,
-            self.device,
-            backends.fingerprint(self.device),
-            str(torch.ops.shuffled_tensor.fused_moe_packed.default._schema),  # of another version of this package
-        )
-        return hashlib.sha256(repr(known).encode()).hexdigest()
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        handler = OPERATIONS.get(func) or OPERATIONS.get(func.name())
-        if handler is None:
-            raise NotImplementedError(
-                f"{func} is not defined on ShuffledMXFP4Tensor, whose bytes are packed codes in an order of their own; "
-                f"call .dequantize() for a plain tensor of its values"
-            )
-        kwargs = kwargs or {}
-        out = handler(*args, **kwargs)
-        return return_and_correct_aliasing(func, args, kwargs, out) if isinstance(out, ShuffledMXFP4Tensor) else out
 
 
 def _rebuild(
