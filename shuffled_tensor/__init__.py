@@ -11,6 +11,7 @@ from shuffled_tensor.prepare import prepare
 from shuffled_tensor.refit import refit
 from shuffled_tensor.report import Explanation, explain
 from shuffled_tensor.tensor import KernelOperands, ShuffledMXFP4Tensor
+from shuffled_tensor.wrap import quantize_experts_, wrap_experts_
 from shuffled_tensor.wrapper import implements
 
 __all__ = [
@@ -27,11 +28,13 @@ __all__ = [
     "override_arch",
     "prepare",
     "quantize",
+    "quantize_experts_",
     "refit",
     "shuffle_scale",
     "shuffle_weight",
     "unshuffle_scale",
     "unshuffle_weight",
+    "wrap_experts_",
 ]
 
 del _aten, _drop_in

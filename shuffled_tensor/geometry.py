@@ -10,7 +10,7 @@ from torch import Tensor
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import round_up
 
-__all__ = ["PADDING", "PER_BYTE", "Geometry", "Window", "slice_of"]
+__all__ = ["PAD", "PADDING", "PER_BYTE", "Geometry", "Window", "slice_of"]
 
 PADDING = 256
 """Rows (of each gate and up half) and columns are padded to multiples of this, as ATOM does, so that the w13 and w2 of
@@ -18,6 +18,9 @@ one layer agree on both."""
 
 PER_BYTE = {"qdata": 2, "scale": mxfp4.BLOCK}
 """Columns that one byte of codes, and of scales, is about."""
+
+PAD = {"qdata": 0, "scale": 127}
+"""What padding is filled with: zero codes, and scales of 1."""
 
 
 class Geometry(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.geometry import PER_BYTE, Geometry, Window, slice_of
+from shuffled_tensor.geometry import PAD, PER_BYTE, Geometry, Window, slice_of
 from shuffled_tensor.layouts import (
     LAYOUTS,
     ShuffleKind,
@@ -29,7 +29,6 @@ from shuffled_tensor.layouts import (
 
 __all__ = ["PackedStorage"]
 
-_PAD_SCALE = 127  # 1.0; the codes of a pad are zero
 
 _REFIT_OPEN = "it is being written in a refit"
 
@@ -91,7 +90,7 @@ class PackedStorage:
         if interleaved or geometry.padded:
             return cls(
                 geometry.pad(qdata, 0, interleaved=interleaved),
-                geometry.pad(scale, _PAD_SCALE, interleaved=interleaved),
+                geometry.pad(scale, PAD["scale"], interleaved=interleaved),
                 geometry,
                 target=target,
             )
@@ -107,7 +106,7 @@ class PackedStorage:
         """Zero codes with scales of 1, which any layout leaves as they are."""
         shape = experts, geometry.padded_rows, geometry.padded_columns
         qdata = torch.zeros(*shape[:2], shape[2] // PER_BYTE["qdata"], dtype=torch.uint8, device=device)
-        scale = torch.full((*shape[:2], shape[2] // PER_BYTE["scale"]), _PAD_SCALE, dtype=torch.uint8, device=device)
+        scale = torch.full((*shape[:2], shape[2] // PER_BYTE["scale"]), PAD["scale"], dtype=torch.uint8, device=device)
         return cls(qdata, scale, geometry, kind)
 
     def with_bytes(self, qdata: Tensor, scale: Tensor) -> PackedStorage:
@@ -306,7 +305,7 @@ class PackedStorage:
         """Write logical row-major codes, scales or both over a window, in whatever layout it lies, with its pads."""
         with self.writing():
             self._write_part(window, self.qdata, qdata, 0, PER_BYTE["qdata"], shuffle_weight, unshuffle_weight)
-            self._write_part(window, self.scale, scale, _PAD_SCALE, PER_BYTE["scale"], shuffle_scale, unshuffle_scale)
+            self._write_part(window, self.scale, scale, PAD["scale"], PER_BYTE["scale"], shuffle_scale, unshuffle_scale)
 
     def _write_part(
         self,
@@ -337,7 +336,7 @@ class PackedStorage:
     def _rewrite_pads(self) -> None:
         """Give the pads of canonical bytes, which somebody else wrote, the values they are defined to have."""
         with torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
-            for data, fill in ((self.qdata, 0), (self.scale, _PAD_SCALE)):
+            for data, fill in ((self.qdata, 0), (self.scale, PAD["scale"])):
                 rows, logical_bytes = self.geometry.halves_of(data).shape[2:]
                 halves = data.unflatten(1, (self.geometry.halves, -1))
                 halves[:, :, rows:] = fill

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from shuffled_tensor import mxfp4
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.geometry import Window
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.geometry import PER_BYTE, Window
+from shuffled_tensor.layouts import ShuffleKind, expert_chunks
 from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.views import PackedView
 from shuffled_tensor.wrapper import Wrapper
@@ -113,8 +113,15 @@ class ShuffledMXFP4Tensor(Wrapper):
         check_logical_dtype(weight.dtype)
         if weight.dim() not in (2, 3):
             raise ValueError(f"weight must be [experts, N, K] or [N, K], found shape {list(weight.shape)}")
+        mxfp4.check_quantizable(weight, scale_rule)
         with torch.no_grad():
-            qdata, scale = mxfp4.quantize(weight.detach(), scale_rule=scale_rule)
+            qdata, scale = (
+                torch.empty(*weight.shape[:-1], weight.shape[-1] // per_byte, dtype=torch.uint8, device=weight.device)
+                for per_byte in PER_BYTE.values()
+            )
+            # quantising works on several float32 copies of its input
+            for part in expert_chunks(len(weight), 4 * weight.shape[1:].numel()):
+                qdata[part], scale[part] = mxfp4.quantize(weight[part], scale_rule=scale_rule)
         return cls(qdata, scale, gate_up=gate_up, row_order=row_order, shuffle_kind=shuffle_kind, dtype=weight.dtype)
 
     @property

@@ -18,7 +18,7 @@ from shuffled_tensor.layouts import ShuffleKind, unshuffle_scale, unshuffle_weig
 from shuffled_tensor.mxfp4 import BLOCK
 from shuffled_tensor.storage import checksum
 
-__all__ = ["FORMATS", "Layer", "Weight", "find_layers"]
+__all__ = ["FORMATS", "Layer", "Weight", "check_layer", "detect", "find_layers", "group_layers", "manifest_weights"]
 
 _CODE_DTYPES = (torch.uint8, torch.int8)
 _SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
@@ -188,11 +188,20 @@ def find_layers(files: Files, prefix: str = "", format: str = "auto") -> dict[st
             or has another shape or dtype than the rest.
         ValueError: an unknown format.
     """
-    names = [name for name in files if name.startswith(prefix)]
-    row = FORMATS[_detect(files, names, prefix) if format == "auto" else _known(format)]
+    return {layer: check_layer(layer, weights) for layer, weights in group_layers(files, prefix, format).items()}
+
+
+def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, Weight]]:
+    """The tensors named as expert weights, by layer and by ``"w13"`` and ``"w2"``; whether they fit is not looked at.
+
+    Raises:
+        CheckpointError: no tensor, or tensors of two formats, are named as MXFP4 experts; a part is doubled.
+        ValueError: an unknown format.
+    """
+    row = FORMATS[detect(files, prefix) if format == "auto" else _known(format)]
     entries = {file: manifest.parse(files.metadata(file), file) for file in files.files()}
     found: dict[str, dict[str, Weight]] = defaultdict(dict)
-    for name in names:
+    for name in (name for name in files if name.startswith(prefix)):
         match = row.pattern.fullmatch(name)
         if match is None:
             continue
@@ -214,7 +223,7 @@ def find_layers(files: Files, prefix: str = "", format: str = "auto") -> dict[st
             weight.entry = entries[files.file(name)].get(name.removesuffix(".qdata"))
     if not found:
         raise CheckpointError(f"no tensor of {files.path} that begins with {prefix!r} is named as in format {format!r}")
-    return {layer: _checked(layer, weights) for layer, weights in sorted(found.items())}
+    return dict(sorted(found.items()))
 
 
 def _known(format: str) -> str:
@@ -223,8 +232,13 @@ def _known(format: str) -> str:
     return format
 
 
-def _detect(files: Files, names: list[str], prefix: str) -> str:
-    """The format whose own name for codes is there."""
+def detect(files: Files, prefix: str = "") -> str:
+    """The format whose own name for codes is there.
+
+    Raises:
+        CheckpointError: there are none, or those of two formats.
+    """
+    names = [name for name in files if name.startswith(prefix)]
     examples: dict[str, str] = {}
     for format, row in FORMATS.items():
         own = next(iter(row.parts))
@@ -244,7 +258,12 @@ def _detect(files: Files, names: list[str], prefix: str) -> str:
     )
 
 
-def _checked(layer: str, weights: dict[str, Weight]) -> Layer:
+def check_layer(layer: str, weights: dict[str, Weight]) -> Layer:
+    """One layer's weights, measured.
+
+    Raises:
+        CheckpointError: a part is missing, or has another shape or dtype than the rest.
+    """
     for which in ("w13", "w2"):
         if which not in weights or not weights[which].tensors["qdata"]:
             raise CheckpointError(f"{layer} in {next(iter(weights.values())).files.path} has no {which}")

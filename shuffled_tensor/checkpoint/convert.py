@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""From one checkpoint to another, row-major or in the layout of a kernel: streamed, resumable, checked at the end."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shuffled_tensor.checkpoint import manifest
+from shuffled_tensor.checkpoint.files import CheckpointError, Files, Part, write_file
+from shuffled_tensor.checkpoint.formats import Weight, find_layers, manifest_weights
+from shuffled_tensor.geometry import PAD
+from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight
+
+__all__ = ["convert"]
+
+_SHUFFLES = {"qdata": shuffle_weight, "scale": shuffle_scale}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    layout: str = "canonical",
+    format: str = "auto",
+) -> None:
+    """Write the experts of a checkpoint to a safetensors file with a manifest, which :func:`load_experts` and
+    :func:`load_file` trust; all other tensors come along as they are.
+
+    One expert at a time is in memory. Until everything is written, and was read back and compared, it lies under
+    ``destination + ".partial"``; a run that was killed is gone on with by another one like it.
+
+    Args:
+        source: a safetensors file or a directory of them, as :func:`load_experts` takes it.
+        destination: the file.
+        layout: ``"canonical"`` for row-major bytes without padding, or the ``shuffle_kind`` that they shall lie in.
+        format: of the source, as :func:`load_experts` takes it.
+
+    Raises:
+        FileNotFoundError: there is no source.
+        FileExistsError: the destination exists.
+        CheckpointError: the source is damaged, or what was written is not what was read; nothing is left of it then.
+        ValueError: an unknown layout or format.
+        OSError: the destination cannot be written; another run goes on from there.
+    """
+    kind = ShuffleKind.NONE if layout == "canonical" else ShuffleKind(layout)
+    destination = Path(destination)
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists; remove it, or give another name")
+    files = Files(source)
+    weights: dict[str, Weight] = {}
+    parts: dict[str, Part] = {}
+    copied = set(files)
+    for layer in find_layers(files, format=format).values():
+        for weight in layer:
+            copied -= {name for named in weight.tensors.values() for name in named.values()}
+            if weight.quantized:
+                weights[weight.name] = weight
+                parts |= {f"{weight.name}.{part}": _packed(weight, part, kind) for part in _SHUFFLES}
+            else:
+                parts[weight.name] = _plain(weight, "qdata", weight.shape, weight.dtype)
+            if weight.tensors["bias"]:
+                dtype = files.dtype(next(iter(weight.tensors["bias"].values())))
+                parts[f"{weight.name.removesuffix('weight')}bias"] = _plain(weight, "bias", weight.shape[:2], dtype)
+    for name in sorted(copied):
+        if name in parts:
+            raise CheckpointError(f"{name} in {files.file(name)} is called what an expert weight would be written as")
+        parts[name] = files.part(name)
+
+    def metadata(checksums: dict[str, str]) -> dict[str, str]:
+        entries = {
+            name: manifest.Entry(kind, weight.gate_up, weight.shape, weight.dtype, None, checksums[name])
+            for name, weight in weights.items()
+        }
+        return {"format": "pt", **manifest.dump(entries)}
+
+    def checked(partial: Path) -> dict[str, str]:
+        written = Files(partial)
+        checksums = {name: weight.checksum() for name, weight in manifest_weights(written).items()}
+        for name, weight in weights.items():
+            if checksums[name] != (weight.checksum() if weight.entry is None else weight.entry.checksum):
+                raise CheckpointError(f"{name} of {files.path} is damaged, or was while it was written to {partial}")
+        for name, part in parts.items():
+            if name.rpartition(".")[0] not in weights and _digest(part) != _digest(written.part(name)):
+                raise CheckpointError(f"{name} of {files.path} was damaged while it was written to {partial}")
+        return metadata(checksums)
+
+    begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
+    total = sum(part.dtype.itemsize * math.prod(part.shape) for part in parts.values())
+    with tqdm(total=total, desc=f"writing {destination.name}", unit="B", unit_scale=True, disable=None) as progress:
+        try:
+            write_file(destination, parts, begun, resume=True, progress=progress.update, finish=checked)
+        except CheckpointError:
+            destination.with_name(destination.name + ".partial").unlink(missing_ok=True)
+            raise
+
+
+def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Part:
+    """Codes or scales of a weight, to be written in a layout."""
+    span = range(weight.intermediate)
+    entry = manifest.Entry(kind, weight.gate_up, weight.shape, weight.dtype, None, manifest.NO_CHECKSUM)
+    shape = dict(zip(_SHUFFLES, entry.stored_shapes(), strict=True))[part]
+
+    def read(expert: int) -> Tensor:
+        data = weight.read(part, expert, span).unsqueeze(0)
+        if kind is ShuffleKind.NONE:
+            return data
+        return _SHUFFLES[part](entry.geometry.pad(data, PAD[part]), kind, gate_up=weight.gate_up)
+
+    return Part.along_experts(shape, shape[0], read)
+
+
+def _plain(weight: Weight, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Part:
+    """Values that are not quantised, to be written for all experts together."""
+    span = range(weight.intermediate)
+    nbytes = dtype.itemsize * math.prod(shape[1:])
+    return Part(dtype, shape, shape[0], nbytes, lambda expert: weight.read(part, expert, span))
+
+
+def _digest(part: Part) -> bytes:
+    digest = hashlib.sha256()
+    for piece in range(part.pieces):
+        data = part.read(piece).contiguous()
+        digest.update(ctypes.string_at(data.data_ptr(), data.nbytes))
+    return digest.digest()

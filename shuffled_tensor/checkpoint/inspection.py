@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""What a checkpoint holds, and whether it is what it says: ``python -m shuffled_tensor inspect`` and ``verify``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm import tqdm
+
+from shuffled_tensor.checkpoint.files import CheckpointError, Files
+from shuffled_tensor.checkpoint.formats import Weight, check_layer, detect, group_layers, manifest_weights
+from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.storage import checksum
+
+__all__ = ["Finding", "inspect", "table"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one weight, or of a layer whose tensors do not fit each other."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    """Logical."""
+    layout: str
+    scales: str
+    """The least and the greatest, as powers of two."""
+    checksum: str
+    """Of the logical value, as it was read."""
+    recorded: bool
+    """Whether the file has a checksum to compare with."""
+    problems: tuple[str, ...]
+
+
+def inspect(path: str | os.PathLike[str], *, format: str = "auto") -> list[Finding]:
+    """Read every MXFP4 weight of a checkpoint, expert by expert, and compare it with what the file says of it.
+
+    Args:
+        path, format: as :func:`load_experts` takes them; weights that a manifest describes are found whatever they are
+            called.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: the files or their names cannot be made sense of.
+    """
+    files = Files(path)
+    weights = {name: ("shuffled_tensor", weight) for name, weight in manifest_weights(files).items()}
+    findings = []
+    if not weights:
+        format = detect(files) if format == "auto" else format
+        for name, parts in group_layers(files, "", format).items():
+            try:
+                weights |= {weight.name: (format, weight) for weight in check_layer(name, parts)}
+            except CheckpointError as error:
+                findings.append(Finding(name, format, (), "", "", "", False, (str(error),)))
+    with tqdm(total=sum(w.shape[0] for _, w in weights.values()), desc="reading experts", disable=None) as progress:
+        return findings + [_look(format, weight, progress) for format, weight in weights.values()]
+
+
+def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
+    low, high, broken = 255, 0, 0
+    span = range(weight.intermediate)
+
+    def parts() -> Iterator[Tensor]:
+        nonlocal low, high, broken
+        for expert in range(weight.shape[0]):
+            yield weight.read("qdata", expert, span)
+            if weight.quantized:
+                scale = weight.read("scale", expert, span)
+                low, high = min(low, int(scale.min())), max(high, int(scale.max()))
+                broken += int((scale == 255).sum())
+                yield scale
+            progress.update()
+
+    found = checksum(weight.shape, parts())
+    entry, problems = weight.entry, []
+    if broken:
+        problems.append(f"{broken} blocks are NaN (scale 255)")
+    if entry is not None and entry.checksum != found:
+        problems.append(f"damaged: the manifest says checksum {entry.checksum[:12]}")
+    return Finding(
+        weight.name,
+        format,
+        weight.shape if entry is None else entry.shape,
+        _layout(weight),
+        f"2^{low - 127}..2^{high - 127}" if weight.quantized else "",
+        found,
+        entry is not None,
+        tuple(problems),
+    )
+
+
+def _layout(weight: Weight) -> str:
+    if not weight.quantized:
+        return f"plain {str(weight.dtype).removeprefix('torch.')}"
+    if weight.entry is None or weight.entry.kind is ShuffleKind.NONE:
+        return "canonical"
+    return str(weight.entry.kind)
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings as lines of text, a weight each."""
+    rows = [("tensor", "format", "shape", "layout", "scales", "checksum", "problems")]
+    for finding in findings:
+        shape = "x".join(map(str, finding.shape))
+        ok = "none" if finding.recorded else "none (no checksum in the file)"
+        rows.append(
+            (
+                finding.name,
+                finding.format,
+                shape,
+                finding.layout,
+                finding.scales,
+                finding.checksum[:12],
+                "; ".join(finding.problems) or ok,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

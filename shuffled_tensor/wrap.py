@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""Turning the expert weights that a module has into our parameters, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shuffled_tensor import mxfp4
+from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+
+__all__ = ["quantize_experts_", "wrap_experts_"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_TAGS = ("is_shuffled", "shuffle_kind", "is_guinterleave")
+"""Attributes by which engines say that bytes are shuffled already."""
+
+
+def wrap_experts_(
+    module: _Module,
+    *,
+    row_order: str,
+    w13: str = "w13_weight",
+    w2: str = "w2_weight",
+    w13_scale: str = "w13_weight_scale",
+    w2_scale: str = "w2_weight_scale",
+    shuffle_kind: ShuffleKind | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> _Module:
+    """Make every pair of packed codes and scales in a module one :class:`ShuffledMXFP4Tensor` parameter, in place.
+
+    Every submodule that holds all four names is wrapped. Attributes that others set on a weight (``weight_loader``)
+    stay on it. The name of a scale stays, and is None: the weight carries its scales, and ``weight.scale_view`` takes
+    new ones. Codes that are padded already are taken for logical ones.
+
+    Args:
+        module: holds packed, row-major parameters or buffers as :class:`ShuffledMXFP4Tensor` takes them. It is owned:
+            the bytes are taken over, one weight after the other.
+        row_order: of the gate and up rows of ``w13``: ``"contiguous"`` or ``"interleaved"``.
+        w13, w2, w13_scale, w2_scale: what the tensors are called.
+        shuffle_kind: fixes the kind to be shuffled into; None leaves that to the backend that first uses the weights.
+        dtype: the logical dtype.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: nothing is called so, a weight is tagged as shuffled already, or its sizes do not fit; the message
+            names the parameter. Nothing has changed then.
+        TypeError: a dtype that is not one of packed codes and scales. Nothing has changed then.
+    """
+    gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
+    weights = [
+        (owner, prefix, id(getattr(owner, names[0])), *names)
+        for owner, prefix in _owners(module, w13, w2, w13_scale, w2_scale)
+        for names in ((w13, w13_scale, gate_up), (w2, w2_scale, down))
+    ]
+    check_logical_dtype(dtype)
+    target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
+    for owner, prefix, _, name, scale, order in weights:
+        with _naming(f"{prefix}{name}"):
+            codes: Tensor = getattr(owner, name)
+            tags = [tag for tag in _TAGS if getattr(codes, tag, False)]
+            if tags:
+                raise ValueError(
+                    f"it is tagged {tags[0]}, so its bytes are not row-major; wrap weights before an engine shuffles "
+                    "them (before process_weights_after_loading), or delete a tag that is stale"
+                )
+            check_parts(codes, getattr(owner, scale))
+            check_row_order(**order, rows=codes.shape[-2])
+    made: dict[int, nn.Parameter] = {}  # a weight that two modules share stays shared
+    for owner, _, tied, name, scale, order in weights:
+        if tied not in made:
+            codes = getattr(owner, name)
+            packed = ShuffledMXFP4Tensor(codes, getattr(owner, scale), **order, shuffle_kind=target, dtype=dtype)
+            made[tied] = _parameter(codes, packed)
+        _set(owner, name, made[tied])
+        _set(owner, scale, None)
+    return module
+
+
+def quantize_experts_(
+    module: _Module,
+    *,
+    row_order: str,
+    w13: str = "w13_weight",
+    w2: str = "w2_weight",
+    shuffle_kind: ShuffleKind | str | None = None,
+    scale_rule: str = "even",
+) -> _Module:
+    """Make every pair of high-precision expert weights in a module :class:`ShuffledMXFP4Tensor` parameters, in place.
+
+    Every submodule that holds both names is quantised, one weight after the other, so that one at a time exists twice.
+    Attributes that others set on a weight stay on it.
+
+    Args:
+        module: holds floating-point parameters or buffers, ``w13`` ``[E, 2I, K]`` and ``w2`` ``[E, K, I]``; their dtype
+            becomes the logical dtype.
+        row_order: of the gate and up rows of ``w13``: ``"contiguous"`` or ``"interleaved"``.
+        w13, w2: what the tensors are called: ``"gate_up_proj"`` and ``"down_proj"`` in transformers.
+        shuffle_kind: fixes the kind to be shuffled into; None leaves that to the backend that first uses the weights.
+        scale_rule: one of :data:`shuffled_tensor.SCALE_RULES`.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: nothing is called so, an unknown rule, or a size that does not fit; the message names the parameter.
+            Nothing has changed then.
+        TypeError: a weight that is not bfloat16, float16, float32 or float64. Nothing has changed then.
+    """
+    gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
+    weights = [
+        (owner, prefix, id(getattr(owner, names[0])), *names)
+        for owner, prefix in _owners(module, w13, w2)
+        for names in ((w13, gate_up), (w2, down))
+    ]
+    target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
+    for owner, prefix, _, name, order in weights:
+        with _naming(f"{prefix}{name}"):
+            values: Tensor = getattr(owner, name)
+            if isinstance(values, ShuffledMXFP4Tensor) or values.dim() != 3:
+                raise ValueError(
+                    "expert weights to quantise are plain and [experts, N, K], found "
+                    f"{type(values).__name__} of shape {list(values.shape)}"
+                )
+            check_logical_dtype(values.dtype)
+            mxfp4.check_quantizable(values, scale_rule)
+            check_row_order(**order, rows=values.shape[-2])
+    made: dict[int, nn.Parameter] = {}  # a weight that two modules share stays shared
+    for owner, _, tied, name, order in weights:
+        if tied not in made:
+            values = getattr(owner, name)
+            packed = ShuffledMXFP4Tensor.from_hp(values, **order, shuffle_kind=target, scale_rule=scale_rule)
+            made[tied] = _parameter(values, packed)
+        _set(owner, name, made[tied])
+    return module
+
+
+def _owners(module: nn.Module, *names: str) -> list[tuple[nn.Module, str]]:
+    """The submodules that hold tensors of all these names, with what their names begin with."""
+    found = [
+        (owner, f"{path}." if path else "")
+        for path, owner in module.named_modules()
+        if all(isinstance(getattr(owner, name, None), Tensor) for name in names)
+    ]
+    if not found:
+        raise ValueError(f"no submodule of {type(module).__name__} holds {', '.join(names)}; say what they are called")
+    return found
+
+
+@contextmanager
+def _naming(parameter: str) -> Iterator[None]:
+    """Errors inside name the parameter."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{parameter}: {error}") from error
+
+
+def _parameter(old: Tensor, packed: ShuffledMXFP4Tensor) -> nn.Parameter:
+    """What stands in for `old`, with the attributes that others set on it."""
+    parameter = nn.Parameter(packed, requires_grad=False)
+    parameter.__dict__.update({name: value for name, value in vars(old).items() if name not in _TAGS})
+    return parameter
+
+
+def _set(owner: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    delattr(owner, name)  # it may have been a buffer
+    owner.register_parameter(name, parameter)
