@@ -85,7 +85,7 @@ def _verify(options: argparse.Namespace) -> bool:
 
 
 def _convert(options: argparse.Namespace) -> bool:
-    from shuffled_tensor.checkpoint.convert import convert
+    from shuffled_tensor.checkpoint.conversion import convert
 
     convert(options.source, options.destination, layout=options.layout)
     return False

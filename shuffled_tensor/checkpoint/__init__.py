@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints: loading every format, saving what can be trusted. Needs the extra ``checkpoint``."""
 
+from shuffled_tensor.checkpoint.conversion import convert
 from shuffled_tensor.checkpoint.files import CheckpointError
+from shuffled_tensor.checkpoint.inspection import Finding, inspect
 from shuffled_tensor.checkpoint.load import Experts, load_experts, load_file, save_file
 
-__all__ = ["CheckpointError", "Experts", "load_experts", "load_file", "save_file"]
+__all__ = ["CheckpointError", "Experts", "Finding", "convert", "inspect", "load_experts", "load_file", "save_file"]
