@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,24 +63,23 @@ def inspect(path: str | os.PathLike[str], *, format: str = "auto") -> list[Findi
 
 
 def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
-    low, high, broken = 255, 0, 0
+    counts = torch.zeros(256, dtype=torch.int64)  # of scale bytes
     span = range(weight.intermediate)
 
     def parts() -> Iterator[Tensor]:
-        nonlocal low, high, broken
         for expert in range(weight.shape[0]):
             yield weight.read("qdata", expert, span)
             if weight.quantized:
                 scale = weight.read("scale", expert, span)
-                low, high = min(low, int(scale.min())), max(high, int(scale.max()))
-                broken += int((scale == 255).sum())
+                counts.add_(torch.bincount(scale.flatten(), minlength=256))
                 yield scale
             progress.update()
 
     found = checksum(weight.shape, parts())
+    exponents = (counts[:255].nonzero().flatten() - 127).tolist()
     entry, problems = weight.entry, []
-    if broken:
-        problems.append(f"{broken} blocks are NaN (scale 255)")
+    if counts[255]:
+        problems.append(f"{counts[255]} scales are NaN (255)")
     if entry is not None and entry.checksum != found:
         problems.append(f"damaged: the manifest says checksum {entry.checksum[:12]}")
     return Finding(
@@ -87,7 +87,7 @@ def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
         format,
         weight.shape if entry is None else entry.shape,
         _layout(weight),
-        f"2^{low - 127}..2^{high - 127}" if weight.quantized else "",
+        f"2^{exponents[0]}..2^{exponents[-1]}" if exponents else "",
         found,
         entry is not None,
         tuple(problems),

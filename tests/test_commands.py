@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""``python -m shuffled_tensor``: what each command prints, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from safetensors.torch import save_file as save_plain
+from torch import Tensor
+
+from shuffled_tensor import ShuffledMXFP4Tensor, inspect, picture, save_file
+from shuffled_tensor.__main__ import main
+
+from .moe_layer import make_weight, weight_parts
+
+LAYER = "model.layers.0.mlp.experts"
+
+
+def deepseek() -> dict[str, Tensor]:
+    tensors = {}
+    for which, names in (("w13", ("w1", "w3")), ("w2", ("w2",))):
+        for part, data in zip(("weight", "scale"), weight_parts(which), strict=True):
+            for expert, rows in enumerate(data):
+                for name, own in zip(names, rows.chunk(len(names)), strict=True):
+                    own = own.clone()
+                    view = own.view(torch.int8) if part == "weight" else own.view(torch.float8_e8m0fnu)
+                    tensors[f"layers.0.ffn.experts.{expert}.{name}.{part}"] = view
+    return tensors
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_plain(deepseek(), tmp_path / "deepseek.safetensors")
+    save_file({f"{LAYER}.w13_weight": make_weight("w13"), f"{LAYER}.w2_weight": make_weight("w2")}, "ours.safetensors")
+    return tmp_path
+
+
+def flip(path: Path, tensor: str, value: int | None = None) -> None:
+    """Change the first byte of a tensor."""
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
+    data[start] = data[start] ^ 1 if value is None else value
+    path.write_bytes(data)
+
+
+def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "deepseek.safetensors"]) == 0
+    assert_expected_inline(
+        capsys.readouterr().out,
+        """\
+tensor                           format    shape      layout     scales     checksum      problems
+layers.0.ffn.experts.w13_weight  deepseek  4x320x288  canonical  2^-7..2^0  f8589de22609  none (no checksum in the file)
+layers.0.ffn.experts.w2_weight   deepseek  4x288x160  canonical  2^-7..2^0  23c298937234  none (no checksum in the file)
+""",
+    )
+    assert main(["inspect", "ours.safetensors"]) == 0
+    assert_expected_inline(
+        capsys.readouterr().out,
+        """\
+tensor                                 format           shape      layout     scales     checksum      problems
+model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x288  canonical  2^-7..2^0  f8589de22609  none
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x288x160  canonical  2^-7..2^0  23c298937234  none
+""",
+    )
+
+
+def test_checksums_are_those_of_the_tensors(folder: Path) -> None:
+    found = {finding.name.rpartition(".")[2]: finding.checksum for finding in inspect("deepseek.safetensors")}
+    assert found == {f"{which}_weight": make_weight(which).logical_checksum() for which in ("w13", "w2")}
+
+
+def test_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(folder / "ours.safetensors", f"{LAYER}.w2_weight.qdata")
+    flip(folder / "deepseek.safetensors", "layers.0.ffn.experts.2.w3.scale", 255)
+    assert main(["inspect", "ours.safetensors"]) == 1
+    assert main(["verify", "ours.safetensors"]) == 1
+    assert main(["inspect", "deepseek.safetensors"]) == 1
+    tensors = deepseek()
+    del tensors["layers.0.ffn.experts.1.w2.scale"]
+    save_plain(tensors, folder / "incomplete.safetensors")
+    assert main(["inspect", "incomplete.safetensors"]) == 1
+    assert_expected_inline(
+        capsys.readouterr().out,
+        """\
+tensor                                 format           shape      layout     scales     checksum      problems
+model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x288  canonical  2^-7..2^0  f8589de22609  none
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x288x160  canonical  2^-7..2^0  c9ca792dd9f6  damaged: the manifest says checksum 23c298937234
+model.layers.0.mlp.experts.w2_weight: damaged: the manifest says checksum 23c298937234
+2 weights read, 2 compared with a checksum, 1 with problems
+tensor                           format    shape      layout     scales     checksum      problems
+layers.0.ffn.experts.w13_weight  deepseek  4x320x288  canonical  2^-7..2^0  1fc44f65f86a  1 scales are NaN (255)
+layers.0.ffn.experts.w2_weight   deepseek  4x288x160  canonical  2^-7..2^0  23c298937234  none (no checksum in the file)
+tensor                format    shape  layout  scales  checksum  problems
+layers.0.ffn.experts  deepseek                                   layers.0.ffn.experts.0.w2.weight in incomplete.safetensors has no scale of expert 1 beside it, or one too many
+""",
+    )
+
+
+def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "ours.safetensors"]) == 0
+    assert main(["verify", "deepseek.safetensors"]) == 0
+    assert_expected_inline(
+        capsys.readouterr().out,
+        """\
+2 weights read, 2 compared with a checksum, 0 with problems
+2 weights read, 0 compared with a checksum, 0 with problems
+""",
+    )
+
+
+@pytest.mark.parametrize("layout", ["canonical", "mxfp4_moe", "mxfp4_separated"])
+def test_convert_and_verify(layout: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "deepseek.safetensors", "converted.safetensors", "--layout", layout]) == 0
+    assert main(["verify", "converted.safetensors"]) == 0
+    assert capsys.readouterr().out == "2 weights read, 2 compared with a checksum, 0 with problems\n"
+    assert {finding.layout for finding in inspect("converted.safetensors")} == {layout}
+
+
+def test_errors_are_a_line_and_a_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_plain({"a": torch.zeros(2)}, folder / "other.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "ours.safetensors").read_bytes()[:-1])
+    for command in (
+        ["inspect", "nothing.safetensors"],
+        ["inspect", "other.safetensors"],
+        ["verify", "cut.safetensors"],
+        ["convert", "ours.safetensors", "deepseek.safetensors"],
+        ["show", "mxfp4_moe", "--rows", "40"],
+    ):
+        assert main(command) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert_expected_inline(
+        printed.err,
+        """\
+error: no such file: nothing.safetensors
+error: no tensor of other.safetensors that begins with '' is named as MXFP4 experts are in 'gpt-oss', 'quark', 'compressed-tensors', 'deepseek', 'shuffled_tensor'
+error: cut.safetensors is no whole safetensors file: Error while deserializing header: incomplete metadata, file not fully covered
+error: deepseek.safetensors exists; remove it, or give another name
+error: weight rows N=40 are not a multiple of 32, which 'mxfp4_moe' needs: pad gate and up from 20 to 32 rows each, with zero bytes
+""",
+    )
+
+
+def test_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "mxfp4_separated", "--rows", "32", "--k", "64", "--down"]) == 0
+    assert capsys.readouterr().out == picture("mxfp4_separated", 32, 64, gate_up=False)
+    assert main(["show", "mxfp4_moe", "--output", "picture.svg"]) == 0
+    assert (folder / "picture.svg").read_text() == picture("mxfp4_moe", 64, 256)
+    assert capsys.readouterr().out == ""
+
+
+def test_as_a_process(folder: Path) -> None:
+    """Nothing but the table is on standard output, and no progress bar where nobody looks."""
+    command = [sys.executable, "-W", "error", "-m", "shuffled_tensor", "inspect", "ours.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 3
+    assert done.stderr == ""
+
+
+def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.startswith("shuffled_tensor.checkpoint")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["verify", "ours.safetensors"]) == 1
+    assert capsys.readouterr().err == "error: safetensors is missing: pip install 'shuffled_tensor[checkpoint]'\n"
+    assert isinstance(make_weight("w2"), ShuffledMXFP4Tensor)  # the rest works
