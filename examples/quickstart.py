@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor, dequantize, fused_moe
+from shuffled_tensor import dequantize, fused_moe, load_experts
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "fmoe_silu_gfx950.safetensors"
 PREFIX = "model.layers.0.mlp.experts"
@@ -27,7 +27,7 @@ LAYOUTS = ("none", "mxfp4_moe", "mxfp4_separated")
 class Experts(nn.Module):
     """An ordinary module: its parameters happen to be MXFP4, and know in which order their bytes lie."""
 
-    def __init__(self, w13: ShuffledMXFP4Tensor, w2: ShuffledMXFP4Tensor) -> None:
+    def __init__(self, w13: Tensor, w2: Tensor) -> None:
         super().__init__()
         self.w13_weight = nn.Parameter(w13)
         self.w2_weight = nn.Parameter(w2)
@@ -67,39 +67,6 @@ def write_quark(layer: dict[str, Tensor], path: Path) -> None:
             tensors[f"{PREFIX}.{expert}.{name}.weight"] = layer[part][expert, rows].contiguous()
             tensors[f"{PREFIX}.{expert}.{name}.weight_scale"] = layer[f"{part}_scale"][expert, rows].contiguous()
     save_file(tensors, path)
-
-
-# --- Reading them: the row order is stated, never guessed
-
-
-def load_gpt_oss(path: Path) -> Experts:
-    file = load_file(path)
-    w13 = ShuffledMXFP4Tensor(
-        file[f"{PREFIX}.gate_up_proj_blocks"].flatten(-2),
-        file[f"{PREFIX}.gate_up_proj_scales"],
-        gate_up=True,
-        row_order="interleaved",
-    )
-    w2 = ShuffledMXFP4Tensor(
-        file[f"{PREFIX}.down_proj_blocks"].flatten(-2), file[f"{PREFIX}.down_proj_scales"], gate_up=False
-    )
-    return Experts(w13, w2)
-
-
-def load_quark(path: Path) -> Experts:
-    file = load_file(path)
-
-    def stack(suffix: str, *projections: str) -> Tensor:
-        return torch.stack(
-            [torch.cat([file[f"{PREFIX}.{expert}.{name}.{suffix}"] for name in projections]) for expert in range(4)]
-        )
-
-    gate_up, down = ("gate_proj", "up_proj"), ("down_proj",)
-    w13 = ShuffledMXFP4Tensor(
-        stack("weight", *gate_up), stack("weight_scale", *gate_up), gate_up=True, row_order="contiguous"
-    )
-    w2 = ShuffledMXFP4Tensor(stack("weight", *down), stack("weight_scale", *down), gate_up=False)
-    return Experts(w13, w2)
 
 
 # --- What to compare with
@@ -152,13 +119,13 @@ def with_a_tag_instead(experts: Experts, layer: dict[str, Tensor]) -> tuple[bool
 def main() -> None:
     layer = load_file(GOLDEN)
     expected = dense_float64(layer)
+    modules = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_gpt_oss(layer, Path(folder, "gpt-oss.safetensors"))
-        write_quark(layer, Path(folder, "quark.safetensors"))
-        modules = {
-            "gpt-oss": load_gpt_oss(Path(folder, "gpt-oss.safetensors")),
-            "Quark": load_quark(Path(folder, "quark.safetensors")),
-        }
+        for name, write in (("gpt-oss", write_gpt_oss), ("Quark", write_quark)):
+            path = Path(folder, f"{name}.safetensors")
+            write(layer, path)
+            loaded = load_experts(path)[PREFIX]  # names, dtypes and row orders of the format are read off the file
+            modules[name] = Experts(loaded.w13, loaded.w2)
     experts = modules["gpt-oss"]
 
     print("One layer from two checkpoint files, as parameters of an ordinary module:\n")
