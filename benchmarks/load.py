@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""What loading and converting a checkpoint costs: time against a plain read of the same bytes, and memory at its peak.
+
+    python benchmarks/load.py [--experts E] [--hidden H] [--intermediate I] [--folder DIR]
+
+`safetensors.torch.load_file` maps a file and reads nothing yet, so what loading is compared with is it and one copy of
+every tensor into memory of its own: what any loader must do. All figures come from one run; each is the median of
+several, in a process of its own. Memory is anonymous memory beyond the tensors that were loaded: pages of the file
+that are mapped are the kernel's to drop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shuffled_tensor import ShuffledMXFP4Tensor, convert, load_experts
+
+PREFIX = "model.layers.0.mlp.experts"
+REPEATS = 3
+
+
+def random_bytes(*shape: int) -> Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+def write_quark(path: Path, experts: int, hidden: int, intermediate: int) -> None:
+    tensors = {}
+    for expert in range(experts):
+        for name, rows, columns in (
+            ("gate_proj", intermediate, hidden),
+            ("up_proj", intermediate, hidden),
+            ("down_proj", hidden, intermediate),
+        ):
+            tensors[f"{PREFIX}.{expert}.{name}.weight"] = random_bytes(rows, columns // 2)
+            tensors[f"{PREFIX}.{expert}.{name}.weight_scale"] = random_bytes(rows, columns // 32)
+    save_file(tensors, path)
+
+
+def write_gpt_oss(path: Path, experts: int, hidden: int, intermediate: int) -> None:
+    tensors = {}
+    for name, rows, columns in (("gate_up_proj", 2 * intermediate, hidden), ("down_proj", hidden, intermediate)):
+        tensors[f"{PREFIX}.{name}_blocks"] = random_bytes(experts, rows, columns // 32, 16)
+        tensors[f"{PREFIX}.{name}_scales"] = random_bytes(experts, rows, columns // 32)
+    save_file(tensors, path)
+
+
+def plain(path: Path) -> list[Tensor]:
+    return [tensor.clone() for tensor in load_file(path).values()]
+
+
+def loaded(path: Path) -> list[Tensor]:
+    weights = [weight for layer in load_experts(path).values() for weight in (layer.w13, layer.w2)]
+    return [part for w in weights if isinstance(w, ShuffledMXFP4Tensor) for part in (w.qdata, w.scale)]
+
+
+def converted(path: Path) -> list[Tensor]:
+    destination = path.with_suffix(".converted.safetensors")
+    destination.unlink(missing_ok=True)
+    convert(path, destination, layout="mxfp4_moe")
+    return []
+
+
+def anonymous_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 2**10 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def measure(run: Callable[[Path], list[Tensor]], path: Path, results: Any) -> None:
+    """Median seconds, and the peak of anonymous memory beyond what the result holds."""
+    before, peak, done = anonymous_mib(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    held = sum(tensor.nbytes for tensor in run(path)) / 2**20
+    done.set()
+    watcher.join()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run(path)
+        times.append(time.perf_counter() - start)
+    results.put((statistics.median(times), max(0.0, peak - before - held)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--folder", type=Path, help="where to write the checkpoints (default: a temporary folder)")
+    options = parser.parse_args()
+    sizes = options.experts, options.hidden, options.intermediate
+    expert = 3 * options.hidden * options.intermediate * 17 / 32 / 2**20
+    print(f"torch {torch.__version__} on cpu, {torch.get_num_threads()} threads")
+    print(f"{options.experts} experts, hidden {options.hidden}, intermediate {options.intermediate}: ", end="")
+    print(f"{options.experts * expert:.0f} MiB, one expert {expert:.1f} MiB")
+    print(f"memory allowed: two experts and 256 MiB = {2 * expert + 256:.0f} MiB\n")
+    print(f"{'':36}{'s':>8}{'of plain':>10}{'peak extra MiB':>16}")
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for write in (write_quark, write_gpt_oss):
+            name = write.__name__.removeprefix("write_")
+            path = Path(folder, f"{name}.safetensors")
+            write(path, *sizes)
+            base = None
+            for label, run in (("load_file and a copy", plain), ("load_experts", loaded), ("convert", converted)):
+                results = context.Queue()
+                process = context.Process(target=measure, args=(run, path, results))
+                process.start()
+                seconds, extra = results.get()
+                process.join()
+                base = base or seconds
+                print(f"{name + ', ' + label:36}{seconds:8.2f}{seconds / base:9.2f}x{extra:16.1f}")
+            for file in Path(folder).iterdir():
+                file.unlink()
+
+
+if __name__ == "__main__":
+    main()
