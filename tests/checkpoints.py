@@ -83,7 +83,7 @@ def in_format(format: str, dense: Dense, name: str, *, bias: bool | None = None)
         owner = name if "shared" in name else f"{name}.{expert}"
         for part, dtype, w13, w2 in zip(parts, dtypes, dense.w13, dense.w2, strict=True):
             for projection, rows in zip(names, (*w13[expert].chunk(2), w2[expert]), strict=True):
-                tensors[f"{owner}.{projection}.{part}"] = rows.contiguous().view(dtype)
+                tensors[f"{owner}.{projection}.{part}"] = rows.clone().view(dtype)
         if bias:
             rows = (*dense.w13_bias[expert].chunk(2), dense.w2_bias[expert])
             tensors |= {f"{owner}.{projection}.bias": row for projection, row in zip(names, rows, strict=True)}

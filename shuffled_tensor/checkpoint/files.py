@@ -258,7 +258,9 @@ def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, 
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    parsed = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    if not isinstance(parsed, dict):
+        raise ValueError("no JSON object")
     return parsed
 
 

@@ -189,7 +189,7 @@ def manifest_weights(files: Files) -> dict[str, Weight]:
         base = name.removesuffix(".qdata")
         if base != name and f"{base}.scale" in files and base not in found:
             raise CheckpointError(
-                f"{name} and {base}.scale in {files.path} are no entry of its manifest, so their layout is unknown"
+                f"{name} and {base}.scale in {files.path} are in no manifest, so their layout is unknown"
             )
     return found
 
@@ -230,7 +230,7 @@ def find_layers(files: Files, prefix: str = "", format: str = "auto") -> dict[st
         _log.warning("left out %s of %s: its weights are neither MXFP4 nor plain", layer, files.path)
         del found[layer]
     if not found:
-        raise CheckpointError(f"no tensor of {files.path} that begins with {prefix!r} is named as in format {format!r}")
+        raise CheckpointError(f"no tensor of {_among(files, prefix)} is named as in format {format!r}")
     return {layer: _checked(layer, weights) for layer, weights in sorted(found.items())}
 
 
@@ -262,9 +262,12 @@ def _detect(files: Files, names: list[str], prefix: str) -> str:
         both = " and ".join(f"{name} as in {format!r}" for format, name in examples.items())
         raise CheckpointError(f"{files.path} holds {both}; say which with format=")
     raise CheckpointError(
-        f"no tensor of {files.path} that begins with {prefix!r} is named as MXFP4 experts are in "
-        f"{', '.join(map(repr, FORMATS))}"
+        f"no tensor of {_among(files, prefix)} is named as MXFP4 experts are in {', '.join(map(repr, FORMATS))}"
     )
+
+
+def _among(files: Files, prefix: str) -> str:
+    return f"{files.path}" + (f" that begins with {prefix!r}" if prefix else "")
 
 
 def _checked(layer: str, weights: dict[str, Weight]) -> Layer:
@@ -304,7 +307,7 @@ def _measure(weight: Weight) -> None:
             raise _wrong(weight, first, f"is {what} by its manifest, not [experts, N, K] with gate_up={weight.gate_up}")
     else:
         if weight.row_order == "contiguous" and weight.quantized:
-            raise _wrong(weight, first, "has no manifest, which files of shuffled_tensor have")
+            raise _wrong(weight, first, "is in no manifest, so its layout is unknown")
         rows, columns = _logical(weight, first, shape[len(lead) :])
         logical = (experts, rows * halves, columns)
         expected = {"qdata": shape, "scale": (*lead, rows, columns // BLOCK)}
