@@ -12,6 +12,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -628,3 +630,27 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             save_file(tensors, path, **options)  # type: ignore[arg-type]
         assert list(tmp_path.iterdir()) == []
+
+
+# --- 500 files
+
+
+def test_fuzz(tmp_path: Path) -> None:
+    """In a process of its own, which a crash would end; and nothing is executed that comes from a file."""
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-X",
+        "faulthandler",
+        "-m",
+        "tests.fuzz_checkpoints",
+        str(tmp_path),
+        "500",
+    ]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    outcome = json.loads(run.stdout)
+    assert outcome["loaded"] + outcome["refused"] == 500
+    assert min(outcome.values()) > 150
