@@ -112,6 +112,7 @@ BROKEN_FILES: dict[str, tuple[Edit, str]] = {
     "an endless size": (edited(shape=[2**62] * 3), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U8 of shape [4611686018427387904, 4611686018427387904, 4611686018427387904], has 2048 bytes"),
     "endless dimensions": (edited(shape=[2**62] * 65), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight has shape (4611686018427387904, 4611686018427387904, 4611686018427387904, 4611686018427387 at [0, 2048]"),
     "a dtype that is none": (edited(dtype=["U8"]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, ['U8'] of shape [64, 32], has 2048 bytes"),
+    "a dtype that nobody knows": (edited(dtype="U9"), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U9 of shape [64, 32], has 2048 bytes"),
     "metadata that is no text": (lambda header, data: unparse(header | {"__metadata__": {"format": 1}}, data), "PATH is no whole safetensors file: metadata that is no text"),
     "a pickle": (lambda header, data: pickle.dumps(os.getcwd), "PATH is no whole safetensors file: a header of 345310336 bytes in a file of 31"),
 }  # fmt: skip
@@ -223,9 +224,11 @@ def test_a_dtype_that_torch_does_not_have(tmp_path: Path) -> None:
     plain_save_file(quark() | others(), path)
     raw = path.read_bytes()
     header, data = parse(raw)
-    path.write_bytes(unparse(header | {"lm_head.weight": header["lm_head.weight"] | {"dtype": "F4"}}, data))
+    path.write_bytes(
+        unparse(header | {"lm_head.weight": header["lm_head.weight"] | {"dtype": "F4", "shape": [60]}}, data)
+    )
     load_experts(path)
-    path.write_bytes(unparse(header | {CODES: header[CODES] | {"dtype": "F4"}}, data))
+    path.write_bytes(unparse(header | {CODES: header[CODES] | {"dtype": "F4", "shape": [64, 64]}}, data))
     known = "BOOL, U8, U16, U32, U64, I8, I16, I32, I64, F8_E4M3, F8_E4M3FNUZ, F8_E5M2, F8_E5M2FNUZ, F8_E8M0, F16, BF16, F32, F64, C64"
     assert_refused(path, f"{CODES} in PATH is 'F4'; known: {known}")
 
@@ -394,6 +397,16 @@ def test_lying_manifests(tmp_path: Path, edit: Edit, message: str | tuple[str, s
     with pytest.raises(CheckpointError) as caught:
         load_file(path)
     assert str(caught.value).replace(str(path), "PATH") == messages[1]
+
+
+def test_bytes_by_another_name(tmp_path: Path) -> None:
+    """A dtype of one byte is taken where uint8 was written: they are the same bytes."""
+    path = tmp_path / "own.safetensors"
+    model = own_file(path)
+    header, data = parse(path.read_bytes())
+    header[f"{W13}.qdata"]["dtype"], header[f"{W13}.scale"]["dtype"] = "I8", "F8_E8M0"
+    path.write_bytes(unparse(header, data))
+    assert load_file(path)[W13].logical_checksum() == model.get_parameter(W13).logical_checksum()  # type: ignore[attr-defined]
 
 
 def test_a_manifest_of_another_file(tmp_path: Path) -> None:

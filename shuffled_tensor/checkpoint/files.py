@@ -52,6 +52,8 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Of one element; those whose elements are no whole bytes may be in a file, but are not read."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -244,7 +246,7 @@ def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, 
             raise ValueError(f"{name} is described by {str(entry)[:80]}") from error
         if len(shape) > 64 or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)):
             raise ValueError(f"{name} has shape {str(shape)[:80]} at {str([start, end])[:80]}")
-        if not isinstance(dtype, str) or (dtype in DTYPES and end - start != DTYPES[dtype].itemsize * math.prod(shape)):
+        if not isinstance(dtype, str) or dtype not in _BITS or 8 * (end - start) != _BITS[dtype] * math.prod(shape):
             raise ValueError(f"{name}, {dtype} of shape {list(shape)}, has {end - start} bytes")
         tensors[name] = _Stored(file, dtype, shape, 8 + length + start, 8 + length + end)
     place = 8 + length

@@ -141,15 +141,16 @@ class Weight:
         """Rows of one tensor as plain values, or as bytes."""
         stacked = (None, 0) in self.tensors[part]
         name = self.tensors[part][None if stacked else expert, half]
-        lead = (expert,) if stacked else ()
-        if self.entry is not None and self.entry.kind is not ShuffleKind.NONE and part in PER_BYTE:
-            unshuffle = unshuffle_weight if part == "qdata" else unshuffle_scale
-            data = unshuffle(self.files.read(name, *lead), self.entry.kind, gate_up=self.gate_up)
-            return self.entry.geometry.halves_of(data.unsqueeze(0)).flatten(0, 2)[rows]
-        data = self.files.read(name, *lead, rows)
-        if self.quantized and part in PER_BYTE:
-            data = data.view(torch.uint8)
-        return data.flatten(1) if part == "qdata" else data  # blocks come as [N, K/32, 16]
+        index = (expert, rows) if stacked else (rows,)
+        if not self.quantized or part not in PER_BYTE:
+            return self.files.read(name, *index)
+        if self.entry is None or self.entry.kind is ShuffleKind.NONE:
+            data = self.files.read(name, *index).view(torch.uint8)
+            return data.flatten(1) if part == "qdata" else data  # blocks come as [N, K/32, 16]
+        data = self.files.read(name, *index[:-1]).view(torch.uint8)
+        unshuffle = unshuffle_weight if part == "qdata" else unshuffle_scale
+        data = unshuffle(data, self.entry.kind, gate_up=self.gate_up)
+        return self.entry.geometry.halves_of(data.unsqueeze(0)).flatten(0, 2)[rows]
 
 
 class Layer(NamedTuple):
