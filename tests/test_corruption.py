@@ -635,8 +635,8 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     weight, path = weight_of(DENSE.w13), tmp_path / "own.safetensors"
     for tensors, options, message in (
         ({"w": weight}, {"layout": "shuffled"}, "layout must be 'canonical' or 'as_is', found 'shuffled'"),
-        ({"w": weight, "w.scale": torch.zeros(1)}, {}, "no tensor, or two, could be called 'w.scale'"),
-        ({"__metadata__": torch.zeros(1)}, {}, "no tensor, or two, could be called '__metadata__'"),
+        ({"w": weight, "w.scale": torch.zeros(1)}, {}, "a tensor cannot be called 'w.scale', which is taken"),
+        ({"__metadata__": torch.zeros(1)}, {}, "a tensor cannot be called '__metadata__', which is taken"),
         ({"w": torch.zeros(1, dtype=torch.complex128)}, {}, "'w' is torch.complex128, which safetensors files do not hold"),
         ({"w": torch.zeros(1)}, {"metadata": {"shuffled_tensor": "{}"}}, "metadata['shuffled_tensor'] is the manifest's place"),
     ):  # fmt: skip

@@ -267,7 +267,7 @@ def save_file(
                 new = {name: _plain_part(name, tensor)}
             for part in new:
                 if part in parts or part == "__metadata__":
-                    raise ValueError(f"no tensor, or two, could be called {part!r}")
+                    raise ValueError(f"a tensor cannot be called {part!r}, which is taken")
             parts |= new
         if entries:
             metadata |= manifest.dump(entries)
