@@ -456,7 +456,7 @@ WRONG_MODULES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     ),
     "a down weight": (
         lambda layer: replace(layer, "w13_weight", weight_of(DENSE.w13, gate_up=False)),
-        f"{NAME}.w13_weight was made with gate_up=False",
+        f"{NAME}.w13_weight must have gate_up=True, found False",
     ),
     "on the meta device": (
         lambda layer: replace(layer, "w2_weight", layer.w2_weight.to("meta")),

@@ -78,7 +78,7 @@ class Files:
     """The tensors of one safetensors file, or of a directory of them with or without an index.
 
     The files stay open, so that what is read is what was looked at, until this is closed or its ``with`` block ends.
-    Symbolic links are followed: a download cache is made of them.
+    Symbolic links are followed: a download cache is made of them. One thread at a time may read.
 
     Raises:
         FileNotFoundError: there is no such file or directory, or nothing in it.

@@ -181,7 +181,7 @@ def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Expert
             what = "nothing" if tensor is None else f"a {type(tensor).__name__} of shape {list(tensor.shape)}"
             raise ValueError(f"{name}.{which}_weight must be {wanted} for what {weight.files.path} holds, found {what}")
         if isinstance(tensor, ShuffledMXFP4Tensor) and tensor.gate_up != weight.gate_up:
-            raise ValueError(f"{name}.{which}_weight was made with gate_up={tensor.gate_up}")
+            raise ValueError(f"{name}.{which}_weight must have gate_up={weight.gate_up}, found {tensor.gate_up}")
         if tensor.device.type == "meta":
             raise ValueError(
                 f"{name}.{which}_weight is on the meta device, where nothing can be loaded; see to_empty()"
