@@ -54,7 +54,35 @@ def convert(
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it, or give another name")
-    files = Files(source)
+    with Files(source) as files:
+        weights, parts = _plan(files, format, kind)
+
+        def metadata(checksums: dict[str, str]) -> dict[str, str]:
+            entries = {
+                name: manifest.Entry(kind, weight.gate_up, weight.shape, weight.dtype, None, checksums[name])
+                for name, weight in weights.items()
+            }
+            return {"format": "pt", **manifest.dump(entries)}
+
+        begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
+        total = sum(part.dtype.itemsize * math.prod(part.shape) for part in parts.values())
+        with tqdm(total=total, desc=f"writing {destination.name}", unit="B", unit_scale=True, disable=None) as progress:
+            try:
+                write_file(
+                    destination,
+                    parts,
+                    begun,
+                    resume=True,
+                    progress=progress.update,
+                    finish=lambda partial: metadata(_compared(weights, parts, partial)),
+                )
+            except CheckpointError:
+                destination.with_name(destination.name + ".partial").unlink(missing_ok=True)
+                raise
+
+
+def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weight], dict[str, Part]]:
+    """The MXFP4 weights of a checkpoint, and everything that is to be written of it."""
     weights: dict[str, Weight] = {}
     parts: dict[str, Part] = {}
     copied = set(files)
@@ -73,33 +101,26 @@ def convert(
         if name in parts:
             raise CheckpointError(f"{name} in {files.file(name)} is called what an expert weight would be written as")
         parts[name] = files.part(name)
+    return weights, parts
 
-    def metadata(checksums: dict[str, str]) -> dict[str, str]:
-        entries = {
-            name: manifest.Entry(kind, weight.gate_up, weight.shape, weight.dtype, None, checksums[name])
-            for name, weight in weights.items()
-        }
-        return {"format": "pt", **manifest.dump(entries)}
 
-    def checked(partial: Path) -> dict[str, str]:
-        written = Files(partial)
+def _compared(weights: dict[str, Weight], parts: dict[str, Part], partial: Path) -> dict[str, str]:
+    """The checksums of the weights as they were written, which are those of what was read.
+
+    Raises:
+        CheckpointError: they are not, or another tensor has changed.
+    """
+    with Files(partial) as written:
         checksums = {name: weight.checksum() for name, weight in manifest_weights(written).items()}
         for name, weight in weights.items():
             if checksums[name] != (weight.checksum() if weight.entry is None else weight.entry.checksum):
-                raise CheckpointError(f"{name} of {files.path} is damaged, or was while it was written to {partial}")
+                raise CheckpointError(
+                    f"{name} of {weight.files.path} is damaged, or was while it was written to {partial}"
+                )
         for name, part in parts.items():
             if name.rpartition(".")[0] not in weights and _digest(part) != _digest(written.part(name)):
-                raise CheckpointError(f"{name} of {files.path} was damaged while it was written to {partial}")
-        return metadata(checksums)
-
-    begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
-    total = sum(part.dtype.itemsize * math.prod(part.shape) for part in parts.values())
-    with tqdm(total=total, desc=f"writing {destination.name}", unit="B", unit_scale=True, disable=None) as progress:
-        try:
-            write_file(destination, parts, begun, resume=True, progress=progress.update, finish=checked)
-        except CheckpointError:
-            destination.with_name(destination.name + ".partial").unlink(missing_ok=True)
-            raise
+                raise CheckpointError(f"{name} was damaged while it was written to {partial}")
+    return checksums
 
 
 def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Part:

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""safetensors files, read part by part, and written part by part so that a killed run can go on."""
+"""safetensors files, read part by part, and written part by part so that a killed run can go on.
+
+The format is 8 bytes of the header's length, a header in JSON, and the tensors' bytes. It is read here and not through
+the safetensors package, whose memory maps keep every page that was read in the process's memory, and end the process
+where a file becomes shorter meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,24 @@ import ctypes
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CheckpointError", "Files", "Part", "write_file"]
 
 _CHUNK = 16 * 2**20
 """Bytes of a plain tensor that are copied at a time."""
+
+_MAX_HEADER = 100_000_000
+"""Bytes; other readers of safetensors files refuse longer ones too."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -31,22 +42,43 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "C64": torch.complex64,
 }
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Of one element; those whose elements are no whole bytes may be in a file, but are not read."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What is raised by JSON that is none, and by looking into it for what is not there."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted: the message names the file, the tensor and what was found."""
 
 
+class _Stored(NamedTuple):
+    """A tensor in a file, whose bytes are ``start`` to ``end`` of it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
 class Files:
-    """The tensors of one safetensors file, or of a directory of them with or without an index; nothing is read yet.
+    """The tensors of one safetensors file, or of a directory of them with or without an index.
+
+    The files stay open, so that what is read is what was looked at, until this is closed or its ``with`` block ends.
+    Symbolic links are followed: a download cache is made of them. One thread at a time may read.
 
     Raises:
         FileNotFoundError: there is no such file or directory, or nothing in it.
@@ -56,13 +88,28 @@ class Files:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._open: dict[Path, Any] = {}
-        self._where: dict[str, Path] = {}
-        if self.path.is_dir():
-            self._open_directory()
-        else:
-            for name in self._file(self.path).keys():  # noqa: SIM118
-                self._where[name] = self.path
+        self._open: dict[Path, BinaryIO] = {}
+        self._metadata: dict[Path, dict[str, str]] = {}
+        self._held: dict[Path, dict[str, _Stored]] = {}
+        self._tensors: dict[str, _Stored] = {}
+        try:
+            if self.path.is_dir():
+                self._open_directory()
+            else:
+                self._tensors = self._file(self.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _open_directory(self) -> None:
         indices = sorted(self.path.glob("*.safetensors.index.json"))
@@ -77,55 +124,59 @@ class Files:
         if not files:
             raise FileNotFoundError(f"no *.safetensors in {self.path}")
         for file in files:
-            for name in self._file(file).keys():  # noqa: SIM118
-                if name in self._where:
-                    raise CheckpointError(f"{name} is in {self._where[name].name} and in {file.name} of {self.path}")
-                self._where[name] = file
+            for name, stored in self._file(file).items():
+                if name in self._tensors:
+                    before = self._tensors[name].file.name
+                    raise CheckpointError(f"{name} is in {before} and in {file.name} of {self.path}")
+                self._tensors[name] = stored
 
     def _open_index(self, index: Path) -> None:
         try:
-            names = json.loads(index.read_bytes(), object_pairs_hook=_without_duplicates)["weight_map"].items()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            names = _parse_json(index.read_bytes())["weight_map"].items()
+        except BROKEN as error:
             raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from error
         for name, shard in names:
-            if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+            if not isinstance(shard, str) or Path(shard).name != shard:
                 raise CheckpointError(f"{index} sends {name} to {shard!r}, which is no file beside it")
             file = index.parent / shard
             if not file.is_file():
                 raise CheckpointError(f"{index} sends {name} to {shard}, which is missing")
-            if name not in self._file(file).keys():  # noqa: SIM118
+            if name not in self._file(file):
                 raise CheckpointError(f"{index} sends {name} to {shard}, which does not hold it")
-            self._where[name] = file
+            self._tensors[name] = self._file(file)[name]
 
-    def _file(self, file: Path) -> Any:
-        if file not in self._open:
+    def _file(self, file: Path) -> dict[str, _Stored]:
+        """The tensors of one file."""
+        if file not in self._held:
             if not file.is_file():
                 raise FileNotFoundError(f"no such file: {file}")
+            self._open[file] = open(file, "rb")  # noqa: SIM115  (closed with the rest)
             try:
-                self._open[file] = safe_open(file, framework="pt").__enter__()  # type: ignore[no-untyped-call]
-            except (SafetensorError, OSError, ValueError) as error:
+                self._metadata[file], self._held[file] = _read_header(file, self._open[file])
+            except BROKEN as error:
                 raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
-        return self._open[file]
+        return self._held[file]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._where))
+        return iter(sorted(self._tensors))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._tensors
 
     def files(self) -> list[Path]:
-        return sorted(set(self._where.values()))
+        """Those that hold tensors."""
+        return sorted({stored.file for stored in self._tensors.values()})
 
     def metadata(self, file: Path) -> dict[str, str]:
         """The header's metadata."""
-        return self._open[file].metadata() or {}
+        return self._metadata[file]
 
     def file(self, name: str) -> Path:
         """Where a tensor is."""
-        return self._where[name]
+        return self._tensors[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype.
@@ -133,22 +184,36 @@ class Files:
         Raises:
             CheckpointError: torch has none like it.
         """
-        found = self._slice(name).get_dtype()
+        found = self._tensors[name].dtype
         if found not in DTYPES:
-            raise CheckpointError(f"{name} in {self._where[name]} is {found}; known: {', '.join(DTYPES)}")
+            raise CheckpointError(f"{name} in {self.file(name)} is {found!r}; known: {', '.join(DTYPES)}")
         return DTYPES[found]
 
-    def _slice(self, name: str) -> Any:
-        return self._open[self._where[name]].get_slice(name)
-
     def read(self, name: str, *index: int | slice) -> Tensor:
-        """Part of a tensor, on the CPU; memory-mapped, so to be copied and not to be kept."""
+        """Part of a tensor, on the CPU, in memory of its own: ``index`` is one number for each of the first dimensions
+        and then perhaps a slice, without a step, of the next one.
+
+        Raises:
+            CheckpointError: a dtype that torch does not have, or bytes that cannot be read.
+        """
+        stored, dtype = self._tensors[name], self.dtype(name)
+        shape, start = stored.shape, stored.start
+        for place in index:
+            row = dtype.itemsize * math.prod(shape[1:])
+            if isinstance(place, int):
+                start, shape = start + range(shape[0])[place] * row, shape[1:]
+            else:
+                rows = range(shape[0])[place]
+                start, shape = start + rows.start * row, (len(rows), *shape[1:])
+        data = torch.empty(dtype.itemsize * math.prod(shape), dtype=torch.uint8, device="cpu")
         try:
-            if not self.shape(name):
-                return self._open[self._where[name]].get_tensor(name)  # type: ignore[no-any-return]
-            return self._slice(name)[index or (slice(None),)]  # type: ignore[no-any-return]
-        except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{name} in {self._where[name]} cannot be read: {error}") from error
+            self._open[stored.file].seek(start)
+            found = self._open[stored.file].readinto(_memory(data))  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{name} in {stored.file} cannot be read: {error}") from error
+        if found != data.nbytes:
+            raise CheckpointError(f"{name} in {stored.file} cannot be read: the file has become shorter")
+        return data.view(dtype).view(shape)
 
     def part(self, name: str) -> Part:
         """A whole tensor, to be written elsewhere."""
@@ -161,6 +226,56 @@ class Files:
             return self.read(name, slice(index * step, (index + 1) * step)) if shape else self.read(name)
 
         return Part(dtype, shape, -(-rows // step), step * row, read)
+
+
+def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, _Stored]]:
+    """The metadata and the tensors, which must be one behind the other and fill the file; raises any of BROKEN."""
+    size = os.fstat(data.fileno()).st_size
+    length = int.from_bytes(data.read(8), "little")
+    if not 2 <= length <= min(size - 8, _MAX_HEADER):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    header = _parse_json(data.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is no text")
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except BROKEN as error:
+            raise ValueError(f"{name} is described by {str(entry)[:80]}") from error
+        if len(shape) > 64 or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)):
+            raise ValueError(f"{name} has shape {str(shape)[:80]} at {str([start, end])[:80]}")
+        if not isinstance(dtype, str) or dtype not in _BITS or 8 * (end - start) != _BITS[dtype] * math.prod(shape):
+            raise ValueError(f"{name}, {dtype} of shape {list(shape)}, has {end - start} bytes")
+        tensors[name] = _Stored(file, dtype, shape, 8 + length + start, 8 + length + end)
+    place = 8 + length
+    for name, stored in sorted(tensors.items(), key=lambda item: item[1][-2:]):
+        if stored.start != place or stored.end < place:
+            raise ValueError(f"{name} is at {stored.start}..{stored.end}, where what is before it ends at {place}")
+        place = stored.end
+    if place != size:
+        raise ValueError(f"its tensors end at byte {place}, and the file at {size}")
+    return metadata, tensors
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    parsed = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    if not isinstance(parsed, dict):
+        raise ValueError("no JSON object")
+    return parsed
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"it names {name} twice")
+    return dict(pairs)
+
+
+def _memory(data: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The bytes of a contiguous tensor on the CPU, for a file to read or write."""
+    return (ctypes.c_char * data.nbytes).from_address(data.data_ptr())
 
 
 class Part(NamedTuple):
@@ -193,6 +308,8 @@ def write_file(
     partial file and returns the metadata that it shall have instead, of the same length.
     """
     partial = path.with_name(path.name + ".partial")
+    # as other writers do, so that every tensor is aligned for those who map the file
+    parts = dict(sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize))
     header, total = _header(parts, metadata)
     with open(partial, "r+b" if partial.exists() else "w+b") as file:
         if not resume or file.read(len(header)) != header:
@@ -208,7 +325,7 @@ def write_file(
                     file.seek(len(header) + place)
                     data = part.read(index).contiguous()
                     assert data.nbytes == nbytes
-                    file.write(memoryview((ctypes.c_char * nbytes).from_address(data.data_ptr())))
+                    file.write(_memory(data))
                 place += nbytes
                 progress(nbytes)
         file.truncate(len(header) + total)
@@ -238,13 +355,5 @@ def _header(parts: dict[str, Part], metadata: dict[str, str]) -> tuple[bytes, in
         }
         place += _nbytes(part)
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 16)  # the data that follows is aligned
+    text += b" " * (-(8 + len(text)) % 16)  # the data that follows is aligned
     return len(text).to_bytes(8, "little") + text, place
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) != len(names) else set()
-    if twice:
-        raise ValueError(f"it names {sorted(twice)[0]} twice")
-    return dict(pairs)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,12 +15,24 @@ from torch import Tensor
 
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.files import CheckpointError, Files
-from shuffled_tensor.geometry import PER_BYTE
+from shuffled_tensor.geometry import PER_BYTE, slice_of
 from shuffled_tensor.layouts import ShuffleKind, unshuffle_scale, unshuffle_weight
 from shuffled_tensor.mxfp4 import BLOCK
 from shuffled_tensor.storage import checksum
 
-__all__ = ["FORMATS", "Layer", "Weight", "check_layer", "detect", "find_layers", "group_layers", "manifest_weights"]
+__all__ = [
+    "FORMATS",
+    "Layer",
+    "Weight",
+    "check_layer",
+    "detect",
+    "find_layers",
+    "group_layers",
+    "is_shared",
+    "manifest_weights",
+]
+
+_log = logging.getLogger("shuffled_tensor")
 
 _CODE_DTYPES = (torch.uint8, torch.int8)
 _SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
@@ -35,10 +49,11 @@ class Format(NamedTuple):
     parts: dict[str, str]
     """What a part is: ``"qdata"`` (or a plain weight, where it is floating point), ``"scale"`` or ``"bias"``."""
     row_order: str
-    """How gate and up rows come in one tensor; ``"apart"`` where they are two."""
+    """How the gate and up rows of a w13 come: ``"interleaved"`` or ``"contiguous"`` in one tensor, or ``"apart"`` in
+    two."""
 
 
-_BY_EXPERT = r"(?P<prefix>(?:.+\.)?(?:shared_)?experts?)(?:\.(?P<expert>\d+))?"
+_BY_EXPERT = r"(?P<prefix>(?:.+\.)?(?:shared_)?experts?)(?:\.(?P<expert>\d{1,9}))?"
 _GATE_UP_DOWN = {"gate_proj": ("w13", 0), "up_proj": ("w13", 1), "down_proj": ("w2", 0)}
 
 FORMATS = {
@@ -104,18 +119,27 @@ class Weight:
 
     def read(self, part: str, expert: int, span: range) -> Tensor:
         """One expert's ``"qdata"`` (plain values where not quantised), ``"scale"`` or ``"bias"``, row-major and gate
-        rows first. ``span`` is of the intermediate dimension: rows of both halves of a w13, columns of a w2."""
+        rows first: uint8 ``[N, K/2]`` and ``[N, K/32]``, and ``[N]``.
+
+        ``span`` is of the intermediate dimension: rows of both halves of a w13, columns of a w2 (cut from whole rows,
+        which are shorter than what a disk reads at once).
+
+        Raises:
+            CheckpointError: the bytes cannot be read.
+        """
         if not self.gate_up:
-            per_byte = 1 if part == "bias" or not self.quantized else PER_BYTE[part]
-            columns = slice(span.start // per_byte, span.stop // per_byte)
-            return self._rows(part, expert, 0, slice(None), slice(None) if part == "bias" else columns)
+            data = self._rows(part, expert)
+            per_byte = PER_BYTE[part] if self.quantized and part != "bias" else 1
+            return data if part == "bias" else data[:, slice_of(span, per_byte)]
         if self.row_order == "interleaved":
-            rows = self._rows(part, expert, 0, slice(2 * span.start, 2 * span.stop))
+            rows = self._rows(part, expert, rows=slice(2 * span.start, 2 * span.stop))
             return torch.cat([rows[0::2], rows[1::2]])
-        half, offset = (1, 0) if self.row_order == "apart" else (0, self.intermediate)
-        gate = self._rows(part, expert, 0, slice(span.start, span.stop))
-        up = self._rows(part, expert, half, slice(offset + span.start, offset + span.stop))
-        return torch.cat([gate, up])
+        if self.row_order == "apart":
+            return torch.cat([self._rows(part, expert, half, slice_of(span)) for half in (0, 1)])
+        if len(span) == self.intermediate:
+            return self._rows(part, expert)
+        starts = (span.start, self.intermediate + span.start)
+        return torch.cat([self._rows(part, expert, rows=slice(start, start + len(span))) for start in starts])
 
     def checksum(self) -> str:
         """Of the logical value as it is stored."""
@@ -123,28 +147,20 @@ class Weight:
         parts = ("qdata", "scale")
         return checksum(self.shape, (self.read(part, e, span) for e in range(self.shape[0]) for part in parts))
 
-    def _rows(self, part: str, expert: int, half: int, rows: slice, columns: slice = slice(None)) -> Tensor:
+    def _rows(self, part: str, expert: int, half: int = 0, rows: slice = slice(None)) -> Tensor:
         """Rows of one tensor as plain values, or as bytes."""
         stacked = (None, 0) in self.tensors[part]
         name = self.tensors[part][None if stacked else expert, half]
-        lead = (expert,) if stacked else ()
-        if self.entry is not None and self.entry.kind is not ShuffleKind.NONE and part in PER_BYTE:
-            return self._canonical(name, part, expert)[rows, columns]
-        shape = self.files.shape(name)
-        if len(shape) == 1 + len(lead):
-            return self.files.read(name, *lead, rows)
-        if len(shape) == 3 + len(lead):  # blocks [..., K/32, 16]
-            columns = slice(*(None if end is None else end // shape[-1] for end in (columns.start, columns.stop)))
-            return self.files.read(name, *lead, rows, columns).flatten(-2)
-        data = self.files.read(name, *lead, rows, columns)
-        return data.view(torch.uint8) if data.dtype.itemsize == 1 else data
-
-    def _canonical(self, name: str, part: str, expert: int) -> Tensor:
-        assert self.entry is not None
-        stored = self.files.read(name, slice(expert, expert + 1)).contiguous()
+        index = (expert, rows) if stacked else (rows,)
+        if not self.quantized or part not in PER_BYTE:
+            return self.files.read(name, *index)
+        if self.entry is None or self.entry.kind is ShuffleKind.NONE:
+            data = self.files.read(name, *index).view(torch.uint8)
+            return data.flatten(1) if part == "qdata" else data  # blocks come as [N, K/32, 16]
+        data = self.files.read(name, *index[:-1]).view(torch.uint8)
         unshuffle = unshuffle_weight if part == "qdata" else unshuffle_scale
-        data = unshuffle(stored, self.entry.kind, gate_up=self.gate_up)
-        return self.entry.geometry.halves_of(data).flatten(1, 2)[0]
+        data = unshuffle(data, self.entry.kind, gate_up=self.gate_up)
+        return self.entry.geometry.halves_of(data.unsqueeze(0)).flatten(0, 2)[rows]
 
 
 class Layer(NamedTuple):
@@ -154,15 +170,24 @@ class Layer(NamedTuple):
     w2: Weight
 
 
+def is_shared(layer: str) -> bool:
+    """Whether a layer's name is that of shared experts, which every token goes through."""
+    return layer.rpartition(".")[2].startswith("shared_")
+
+
 def manifest_weights(files: Files) -> dict[str, Weight]:
     """The weights that manifests describe.
 
     Raises:
         CheckpointError: as :func:`manifest.parse`; missing parts, other shapes, or parts without an entry.
     """
-    found = {}
+    found: dict[str, Weight] = {}
     for file in files.files():
         for name, entry in manifest.parse(files.metadata(file), file).items():
+            if name in found:
+                raise CheckpointError(
+                    f"{name} is in the manifests of {found[name].files.file(f'{name}.qdata')} and {file}"
+                )
             key = (None, 0) if len(entry.shape) == 3 else (0, 0)
             weight = Weight(files, name, entry.gate_up, "contiguous", entry=entry)
             for part in PER_BYTE:
@@ -175,7 +200,7 @@ def manifest_weights(files: Files) -> dict[str, Weight]:
         base = name.removesuffix(".qdata")
         if base != name and f"{base}.scale" in files and base not in found:
             raise CheckpointError(
-                f"{name} and {base}.scale in {files.path} are no entry of its manifest, so their layout is unknown"
+                f"{name} and {base}.scale in {files.path} are in no manifest, so their layout is unknown"
             )
     return found
 
@@ -219,11 +244,20 @@ def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, 
                 f"{weight.tensors[part][key]} and {name} in {files.path} are the same part of {layer}"
             )
         weight.tensors[part][key] = name
-        if part == "qdata":
+        if name.endswith(".qdata"):
             weight.entry = entries[files.file(name)].get(name.removesuffix(".qdata"))
+    for layer in [layer for layer, weights in found.items() if _is_foreign(layer, weights)]:
+        _log.warning("left out %s of %s: its weights are neither MXFP4 nor plain", layer, files.path)
+        del found[layer]
     if not found:
-        raise CheckpointError(f"no tensor of {files.path} that begins with {prefix!r} is named as in format {format!r}")
+        raise CheckpointError(f"no tensor of {_among(files, prefix)} is named as in format {format!r}")
     return dict(sorted(found.items()))
+
+
+def _is_foreign(layer: str, weights: dict[str, Weight]) -> bool:
+    """Whether these are shared experts in some other quantisation, as DeepSeek V4's are in fp8."""
+    dtypes = {weight.files.dtype(name) for weight in weights.values() for name in weight.tensors["qdata"].values()}
+    return is_shared(layer) and bool(dtypes) and dtypes.isdisjoint((*_CODE_DTYPES, *_PLAIN_DTYPES))
 
 
 def _known(format: str) -> str:
@@ -253,9 +287,12 @@ def detect(files: Files, prefix: str = "") -> str:
         both = " and ".join(f"{name} as in {format!r}" for format, name in examples.items())
         raise CheckpointError(f"{files.path} holds {both}; say which with format=")
     raise CheckpointError(
-        f"no tensor of {files.path} that begins with {prefix!r} is named as MXFP4 experts are in "
-        f"{', '.join(map(repr, FORMATS))}"
+        f"no tensor of {_among(files, prefix)} is named as MXFP4 experts are in {', '.join(map(repr, FORMATS))}"
     )
+
+
+def _among(files: Files, prefix: str) -> str:
+    return f"{files.path}" + (f" that begins with {prefix!r}" if prefix else "")
 
 
 def check_layer(layer: str, weights: dict[str, Weight]) -> Layer:
@@ -289,55 +326,71 @@ def _measure(weight: Weight) -> None:
         if dtype not in _PLAIN_DTYPES:
             raise _wrong(weight, first, f"is {dtype}; codes are uint8 or int8, plain weights floating point")
         weight.dtype = dtype
-    experts = shape[0] if stacked else 1 + max(expert or 0 for expert, _ in codes)
     halves = 2 if weight.gate_up and weight.row_order == "apart" else 1
-    keys = [(None, 0)] if stacked else [(expert, half) for expert in range(experts) for half in range(halves)]
+    experts = shape[0] if stacked and shape else len({expert for expert, _ in codes})
+    lead = (experts,) if stacked else ()
     if weight.entry is not None:
-        expected = dict(zip(("qdata", "scale"), weight.entry.stored_shapes(), strict=True))
         logical, weight.dtype = (1, *weight.entry.shape)[-3:], weight.entry.dtype
+        expected = dict(zip(PER_BYTE, weight.entry.stored_shapes(), strict=True))
         if stacked != (len(weight.entry.shape) == 3) or weight.entry.gate_up != weight.gate_up:
             what = f"{list(weight.entry.shape)} with gate_up={weight.entry.gate_up}"
             raise _wrong(weight, first, f"is {what} by its manifest, not [experts, N, K] with gate_up={weight.gate_up}")
     else:
         if weight.row_order == "contiguous" and weight.quantized:
-            raise _wrong(weight, first, "has no manifest, which files of shuffled_tensor have")
-        expected, logical = _expected(weight, first, shape[1:] if stacked else shape, experts, halves, stacked)
+            raise _wrong(weight, first, "is in no manifest, so its layout is unknown")
+        rows, columns = _logical(weight, first, shape[len(lead) :])
+        logical = (experts, rows * halves, columns)
+        expected = {"qdata": shape, "scale": (*lead, rows, columns // BLOCK)}
     weight.shape = (logical[0], logical[1], logical[2])
     if weight.gate_up and weight.shape[1] % 2:
         raise _wrong(weight, first, f"has {weight.shape[1]} rows, which are no gate and up")
-    expected["bias"] = ((experts,) if stacked else ()) + (weight.shape[1] // halves,)
+    expected["bias"] = (*lead, weight.shape[1] // halves)
+    dtypes = {
+        "qdata": _CODE_DTYPES if weight.quantized else (dtype,),
+        "scale": _SCALE_DTYPES,
+        "bias": _PLAIN_DTYPES,
+    }
+    keys = [(None, 0)] if stacked else [(expert, half) for expert in range(experts) for half in range(halves)]
     for part in ("qdata", *(["scale"] if weight.quantized else []), *(["bias"] if weight.tensors["bias"] else [])):
-        dtypes = {
-            "qdata": _CODE_DTYPES if weight.quantized else (dtype,),
-            "scale": _SCALE_DTYPES,
-            "bias": _PLAIN_DTYPES,
-        }
-        missing = [key for key in keys if key not in weight.tensors[part]]
-        if missing or len(weight.tensors[part]) != len(keys):
-            where = "" if stacked or not missing else f" of expert {missing[0][0]}"
-            raise _wrong(weight, first, f"has no {part}{where} beside it, or one too many")
-        for name in weight.tensors[part].values():
-            if weight.files.dtype(name) not in dtypes[part]:
-                raise _wrong(weight, name, f"is {weight.files.dtype(name)}, not {' or '.join(map(str, dtypes[part]))}")
-            if weight.files.shape(name) != expected[part]:
-                raise _wrong(weight, name, f"has shape {list(weight.files.shape(name))}, not {list(expected[part])}")
+        _check_part(weight, first, part, keys, dtypes[part], expected[part])
 
 
-def _expected(
-    weight: Weight, first: str, shape: tuple[int, ...], experts: int, halves: int, stacked: bool
-) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
-    """The shapes of codes and scales, and the logical one, that follow from those of the first codes."""
-    lead = (experts,) if stacked else ()
-    if not weight.quantized:
-        if len(shape) != 2:
-            raise _wrong(weight, first, f"has shape {list(shape)} an expert, not [N, K]")
-        return {"qdata": lead + shape}, (experts, shape[0] * halves, shape[1])
-    columns = 2 * shape[1] if len(shape) == 2 else BLOCK * shape[1] if len(shape) == 3 and shape[2] == 16 else 0
-    if not columns or columns % BLOCK:
-        raise _wrong(
-            weight, first, f"has shape {list(shape)} an expert, not [N, K/2] or [N, K/32, 16], K in blocks of 32"
-        )
-    return {"qdata": lead + shape, "scale": (*lead, shape[0], columns // BLOCK)}, (experts, shape[0] * halves, columns)
+def _logical(weight: Weight, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor of codes or plain values, from its shape without experts."""
+    rows, columns = 0, 0
+    if len(shape) == 2:
+        rows, columns = shape[0], shape[1] * (PER_BYTE["qdata"] if weight.quantized else 1)
+    elif len(shape) == 3 and shape[2] == 16 and weight.quantized:
+        rows, columns = shape[0], shape[1] * BLOCK
+    if not rows or not columns or (weight.quantized and columns % BLOCK):
+        wanted = "[N, K/2] or [N, K/32, 16], K in blocks of 32" if weight.quantized else "[N, K]"
+        raise _wrong(weight, name, f"has shape {list(shape)} an expert, not {wanted}")
+    return rows, columns
+
+
+def _check_part(
+    weight: Weight,
+    first: str,
+    part: str,
+    keys: Sequence[tuple[int | None, int]],
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+) -> None:
+    """Whether all tensors of a part are there, and of one shape and a known dtype."""
+    names = weight.tensors[part]
+    missing = [key for key in keys if key not in names]
+    if missing:
+        expert, half = missing[0]
+        where = ("" if expert is None else f" of expert {expert}") + (" (up)" if half else "")
+        raise _wrong(weight, first, f"has no {part}{where} beside it")
+    if len(names) > len(keys):
+        extra = next(name for key, name in names.items() if key not in keys)
+        raise _wrong(weight, extra, f"has no qdata beside it: there are {weight.shape[0]} experts")
+    for name in names.values():
+        if weight.files.dtype(name) not in dtypes:
+            raise _wrong(weight, name, f"is {weight.files.dtype(name)}, not {' or '.join(map(str, dtypes))}")
+        if weight.files.shape(name) != shape:
+            raise _wrong(weight, name, f"has shape {list(weight.files.shape(name))}, not {list(shape)}")
 
 
 def _wrong(weight: Weight, name: str, what: str) -> CheckpointError:

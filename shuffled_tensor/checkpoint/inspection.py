@@ -48,18 +48,18 @@ def inspect(path: str | os.PathLike[str], *, format: str = "auto") -> list[Findi
         FileNotFoundError: nothing is there.
         CheckpointError: the files or their names cannot be made sense of.
     """
-    files = Files(path)
-    weights = {name: ("shuffled_tensor", weight) for name, weight in manifest_weights(files).items()}
-    findings = []
-    if not weights:
-        format = detect(files) if format == "auto" else format
-        for name, parts in group_layers(files, "", format).items():
-            try:
-                weights |= {weight.name: (format, weight) for weight in check_layer(name, parts)}
-            except CheckpointError as error:
-                findings.append(Finding(name, format, (), "", "", "", False, (str(error),)))
-    with tqdm(total=sum(w.shape[0] for _, w in weights.values()), desc="reading experts", disable=None) as progress:
-        return findings + [_look(format, weight, progress) for format, weight in weights.values()]
+    with Files(path) as files:
+        weights = {name: ("shuffled_tensor", weight) for name, weight in manifest_weights(files).items()}
+        findings = []
+        if not weights:
+            format = detect(files) if format == "auto" else format
+            for name, parts in group_layers(files, "", format).items():
+                try:
+                    weights |= {weight.name: (format, weight) for weight in check_layer(name, parts)}
+                except CheckpointError as error:
+                    findings.append(Finding(name, format, (), "", "", "", False, (str(error),)))
+        with tqdm(total=sum(w.shape[0] for _, w in weights.values()), desc="reading experts", disable=None) as progress:
+            return findings + [_look(format, weight, progress) for format, weight in weights.values()]
 
 
 def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ from tqdm import tqdm
 
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.files import DTYPES, CheckpointError, Files, Part, write_file
-from shuffled_tensor.checkpoint.formats import Layer, Weight, find_layers, manifest_weights
-from shuffled_tensor.geometry import Geometry
+from shuffled_tensor.checkpoint.formats import Layer, Weight, find_layers, is_shared, manifest_weights
+from shuffled_tensor.geometry import PER_BYTE, Geometry
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.mxfp4 import BLOCK
-from shuffled_tensor.storage import PackedStorage
+from shuffled_tensor.storage import PackedStorage, locked
 from shuffled_tensor.tensor import ShuffledMXFP4Tensor
 
 __all__ = ["Experts", "load_experts", "load_file", "save_file"]
@@ -67,41 +68,46 @@ def load_experts(
             tensors.
 
     Returns:
-        The layers by name (``"model.layers.3.mlp.experts"``). A weight with a checksum has been checked against it,
-        where it was read whole.
+        The layers by name (``"model.layers.3.mlp.experts"``): w13 ``[E, 2I, K]``, gate rows first, and w2 ``[E, K,
+        I]``, either a :class:`ShuffledMXFP4Tensor` or, where the checkpoint does not quantise it, plain and in its
+        dtype; biases ``[E, 2I]`` and ``[E, K]`` in theirs, or None. Shared experts in any other quantisation are left
+        out, with a warning in the log. A weight with a checksum has been checked against it, if this rank reads it
+        whole.
 
     Raises:
         FileNotFoundError: nothing is there.
-        CheckpointError: a damaged file, or one that does not hold what its names say; no parameter has changed.
-        ValueError: arguments that do not fit each other, or parameters of other shapes; no parameter has changed.
+        CheckpointError: a damaged file, or one that does not hold what its names say.
+        ValueError: arguments that do not fit each other, or parameters of other shapes.
+
+    No parameter has changed when it raises, unless a file that was whole cannot be read to its end: then the weight
+    that was being written refuses to be used.
     """
     if dim not in ("expert", "intermediate"):
         raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
     start = time.perf_counter()
-    files = Files(path)
-    plan = []
-    for name, layer in find_layers(files, prefix, format).items():
-        cut = _cut(name, layer, rank, world_size, dim)
-        plan.append(
-            (name, layer, cut, _new(layer, cut, device) if into is None else _parameters(into, name, layer, cut))
-        )
-    if into is not None:
-        for _, layer, _, _ in plan:
-            for weight in layer:
-                _verify(weight)
-    total = sum(2 * len(cut.experts) for _, _, cut, _ in plan)
-    with tqdm(total=total, desc="loading experts", unit="weight", disable=None) as progress:
-        for _, layer, cut, targets in plan:
-            for weight, tensor, bias in zip(layer, targets[:2], targets[2:], strict=True):
-                for place, expert in enumerate(cut.experts):
-                    _write(weight, expert, cut.span, tensor, place)
-                    if bias is not None and (rank == 0 or dim == "expert" or weight.gate_up):
-                        bias.data[place].copy_(weight.read("bias", expert, cut.span))
+    with Files(path) as files:
+        plan = []
+        for name, layer in find_layers(files, prefix, format).items():
+            cut = _cut(name, layer, rank, world_size, dim)
+            targets = _new(layer, cut, device) if into is None else _parameters(into, name, layer, cut)
+            plan.append((name, layer, cut, targets))
+        if into is not None:  # before any of them changes
+            for _, layer, cut, _ in plan:
+                for weight in layer if cut.whole else ():
+                    _verify(weight, weight.checksum)
+        with tqdm(total=2 * len(plan), desc="loading experts", unit="weight", disable=None) as progress:
+            for _, layer, cut, targets in plan:
+                for weight, tensor, bias in zip(layer, targets[:2], targets[2:], strict=True):
+                    _write(weight, cut, tensor)
+                    if bias is not None:
+                        others = dim == "intermediate" and rank > 0 and not weight.gate_up
+                        for place, expert in enumerate(cut.experts):
+                            bias.data[place] = 0 if others else weight.read("bias", expert, cut.span)
+                    if into is None and cut.whole and isinstance(tensor, ShuffledMXFP4Tensor):
+                        _verify(weight, tensor.logical_checksum)
                     progress.update()
-                if into is None and cut.whole and isinstance(tensor, ShuffledMXFP4Tensor):
-                    _verify(weight, tensor.logical_checksum())
     loaded = {name: targets for name, _, _, targets in plan}
     _log.info(
         "loaded the experts of %d layers, %.2f GiB, from %s in %.2f s",
@@ -123,7 +129,7 @@ class _Cut(NamedTuple):
 
 def _cut(name: str, layer: Layer, rank: int, world_size: int, dim: str) -> _Cut:
     experts, intermediate = range(layer.w13.shape[0]), range(layer.w2.shape[2])
-    if dim == "expert" and name.rpartition(".")[2].startswith("shared_"):
+    if dim == "expert" and is_shared(name):
         return _Cut(experts, intermediate, True)
     size = len(experts) if dim == "expert" else len(intermediate)
     unit = 1 if dim == "expert" else BLOCK
@@ -175,7 +181,11 @@ def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Expert
             what = "nothing" if tensor is None else f"a {type(tensor).__name__} of shape {list(tensor.shape)}"
             raise ValueError(f"{name}.{which}_weight must be {wanted} for what {weight.files.path} holds, found {what}")
         if isinstance(tensor, ShuffledMXFP4Tensor) and tensor.gate_up != weight.gate_up:
-            raise ValueError(f"{name}.{which}_weight was made with gate_up={tensor.gate_up}")
+            raise ValueError(f"{name}.{which}_weight must have gate_up={weight.gate_up}, found {tensor.gate_up}")
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name}.{which}_weight is on the meta device, where nothing can be loaded; see to_empty()"
+            )
         if bool(weight.tensors["bias"]) != (bias is not None) or (bias is not None and bias.shape != shape[:2]):
             what = "none" if bias is None else f"shape {list(bias.shape)}"
             wanted = f"of shape {list(shape[:2])}" if weight.tensors["bias"] else "absent"
@@ -184,19 +194,24 @@ def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Expert
     return Experts(found[0][0], found[1][0], found[0][1], found[1][1])
 
 
-def _write(weight: Weight, expert: int, span: range, tensor: Tensor, place: int) -> None:
-    codes = weight.read("qdata", expert, span)
-    if isinstance(tensor, ShuffledMXFP4Tensor):
-        window = tensor[place : place + 1]._window  # type: ignore[attr-defined]
-        tensor._storage.write(window, codes.unsqueeze(0), weight.read("scale", expert, span).unsqueeze(0))
-    else:
-        tensor.data[place].copy_(codes)
+def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
+    """Read a rank's part of a weight into a tensor, expert by expert. If that ends early, a packed one refuses to be
+    used."""
+    with tensor.writing() if isinstance(tensor, ShuffledMXFP4Tensor) else nullcontext():
+        for place, expert in enumerate(cut.experts):
+            codes = weight.read("qdata", expert, cut.span)
+            if isinstance(tensor, ShuffledMXFP4Tensor):
+                window = tensor[place : place + 1]._window  # type: ignore[attr-defined]
+                scale = weight.read("scale", expert, cut.span)
+                tensor._storage.write(window, codes.unsqueeze(0), scale.unsqueeze(0))
+            else:
+                tensor.data[place].copy_(codes)
 
 
-def _verify(weight: Weight, found: str | None = None) -> None:
-    """Raise CheckpointError where values (as stored, or of this checksum) are not what the manifest says."""
+def _verify(weight: Weight, checksum: Callable[[], str]) -> None:
+    """Raise CheckpointError where values do not have the checksum that the manifest says."""
     if weight.entry is not None:
-        found = found or weight.checksum()
+        found = checksum()
         if found != weight.entry.checksum:
             raise CheckpointError(
                 f"{weight.name} in {weight.files.path} is damaged: its values have checksum {found[:12]}..., the "
@@ -234,28 +249,34 @@ def save_file(
     """
     if layout not in ("canonical", "as_is"):
         raise ValueError(f"layout must be 'canonical' or 'as_is', found {layout!r}")
-    parts: dict[str, Part] = {}
-    entries = {}
-    for name, tensor in tensors.items():
-        new = {name: _plain_part(tensor)} if not isinstance(tensor, ShuffledMXFP4Tensor) else {}
-        if isinstance(tensor, ShuffledMXFP4Tensor):
-            tensor = tensor.clone() if tensor.is_part_of_experts else tensor
-            assert isinstance(tensor, ShuffledMXFP4Tensor)
-            entries[name] = _entry(tensor, layout)
-            new = {
-                f"{name}.qdata": _packed_part(tensor, entries[name], 0),
-                f"{name}.scale": _packed_part(tensor, entries[name], 1),
-            }
-        for part in new:
-            if part in parts:
-                raise ValueError(f"two tensors would be called {part!r}")
-        parts |= new
-    path = Path(path)
-    try:
-        write_file(path, parts, {**(metadata or {}), **(manifest.dump(entries) if entries else {})}, resume=False)
-    except BaseException:
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
-        raise
+    metadata = dict(metadata or {})
+    if manifest.KEY in metadata:
+        raise ValueError(f"metadata[{manifest.KEY!r}] is the manifest's place")
+    packed = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ShuffledMXFP4Tensor)}
+    with locked(*(tensor._storage for tensor in packed.values())):  # values, layouts and checksums stay those of now
+        parts: dict[str, Part] = {}
+        entries = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, ShuffledMXFP4Tensor):
+                if layout == "as_is" and tensor.is_part_of_experts:
+                    tensor = tensor.clone()  # it has no bytes that lie in any way
+                    assert isinstance(tensor, ShuffledMXFP4Tensor)
+                entries[name] = _entry(tensor, layout)
+                new = {f"{name}.{part}": _packed_part(tensor, entries[name], part) for part in PER_BYTE}
+            else:
+                new = {name: _plain_part(name, tensor)}
+            for part in new:
+                if part in parts or part == "__metadata__":
+                    raise ValueError(f"a tensor cannot be called {part!r}, which is taken")
+            parts |= new
+        if entries:
+            metadata |= manifest.dump(entries)
+        path = Path(path)
+        try:
+            write_file(path, parts, metadata, resume=False)
+        except BaseException:
+            path.with_name(path.name + ".partial").unlink(missing_ok=True)
+            raise
 
 
 def _entry(tensor: ShuffledMXFP4Tensor, layout: str) -> manifest.Entry:
@@ -270,25 +291,23 @@ def _entry(tensor: ShuffledMXFP4Tensor, layout: str) -> manifest.Entry:
     )
 
 
-def _packed_part(tensor: ShuffledMXFP4Tensor, entry: manifest.Entry, which: int) -> Part:
+def _packed_part(tensor: ShuffledMXFP4Tensor, entry: manifest.Entry, part: str) -> Part:
     storage, window = tensor._storage, tensor._window
+    which = list(PER_BYTE).index(part)
 
     def read(index: int) -> Tensor:
         expert = window.experts[index]
         experts = range(expert, expert + 1)
-        found = (
-            storage.read(window._replace(experts=experts))
-            if entry.kind is ShuffleKind.NONE
-            else storage.select(experts)
-        )
+        canonical = entry.kind is ShuffleKind.NONE
+        found = storage.read(window._replace(experts=experts)) if canonical else storage.select(experts)
         return found[which].cpu()
 
     return Part.along_experts(entry.stored_shapes()[which], window.shape[0], read)
 
 
-def _plain_part(tensor: Tensor) -> Part:
+def _plain_part(name: str, tensor: Tensor) -> Part:
     if tensor.dtype not in DTYPES.values():
-        raise ValueError(f"safetensors files hold no {tensor.dtype}; found in tensors to be saved")
+        raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors files do not hold")
     return Part(tensor.dtype, tuple(tensor.shape), 1, tensor.nbytes, lambda index: tensor.detach().cpu())
 
 
@@ -301,19 +320,19 @@ def load_file(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
         CheckpointError: a damaged file, a manifest that is missing, unknown or does not fit, or a weight whose checksum
             is another.
     """
-    files = Files(path)
-    weights = manifest_weights(files)
     loaded: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        tensor = _empty(weight, weight.shape, device)
-        for expert in range(weight.shape[0]):
-            _write(weight, expert, range(weight.intermediate), tensor, expert)
-        assert isinstance(tensor, ShuffledMXFP4Tensor)
-        _verify(weight, tensor.logical_checksum())
-        assert weight.entry is not None
-        loaded[name] = tensor if len(weight.entry.shape) == 3 else tensor[0]
-    parts = {part for weight in weights.values() for named in weight.tensors.values() for part in named.values()}
-    for name in files:
-        if name not in parts:
-            loaded[name] = files.read(name).to(device, copy=True)
+    with Files(path) as files:
+        weights = manifest_weights(files)
+        for name, weight in weights.items():
+            experts, intermediate = range(weight.shape[0]), range(weight.intermediate)
+            tensor = _empty(weight, weight.shape, device)
+            assert weight.entry is not None
+            assert isinstance(tensor, ShuffledMXFP4Tensor)
+            _write(weight, _Cut(experts, intermediate, True), tensor)
+            _verify(weight, tensor.logical_checksum)
+            loaded[name] = tensor if len(weight.entry.shape) == 3 else tensor[0]
+        parts = {f"{name}.{part}" for name in weights for part in PER_BYTE}
+        for name in files:
+            if name not in parts:
+                loaded[name] = files.read(name).to(device)
     return loaded

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shuffled_tensor.checkpoint.files import CheckpointError
+from shuffled_tensor.checkpoint.files import BROKEN, CheckpointError
 from shuffled_tensor.geometry import Geometry
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.mxfp4 import BLOCK
@@ -85,22 +85,26 @@ def parse(metadata: Mapping[str, str], file: Path) -> dict[str, Entry]:
     try:
         manifest = json.loads(metadata[KEY])
         version = manifest["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"the manifest of {file} cannot be read: {error!r}") from error
-    if version != VERSION:
-        raise CheckpointError(
-            f"the manifest of {file} has format version {version!r}, and this build knows {VERSION}; use a newer "
-            "shuffled_tensor, or save with layout='canonical' and load the plain tensors"
-        )
-    try:
-        tensors = manifest["tensors"]
-        if manifest["seal"] != _seal(tensors):
-            raise CheckpointError(f"the manifest of {file} was changed or damaged: its seal does not fit")
-        return {name: _entry(raw) for name, raw in tensors.items()}
+        if version != VERSION:
+            raise CheckpointError(
+                f"the manifest of {file} has format version {version!r}, and this build knows {VERSION}; use a newer "
+                "shuffled_tensor"
+            )
+        tensors = manifest["tensors"].items()
+        sealed = manifest["seal"] == _seal(manifest["tensors"])
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the manifest of {file} says something impossible: {error}") from error
+    except BROKEN as error:
+        raise CheckpointError(f"the manifest of {file} cannot be read: {error!r}") from error
+    if not sealed:
+        raise CheckpointError(f"the manifest of {file} was changed or damaged: its seal does not fit")
+    entries = {}
+    for name, raw in tensors:
+        try:
+            entries[name] = _entry(raw)
+        except BROKEN as error:
+            raise CheckpointError(f"the manifest of {file} says something impossible of {name}: {error}") from error
+    return entries
 
 
 def _entry(raw: dict[str, Any]) -> Entry:
@@ -110,6 +114,8 @@ def _entry(raw: dict[str, Any]) -> Entry:
         raise ValueError(f"shape {list(shape)}")
     if type(raw["gate_up"]) is not bool or (raw["gate_up"] and shape[-2] % 2):
         raise ValueError(f"gate_up {raw['gate_up']!r} for {shape[-2]} rows")
+    if raw["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype {raw['dtype']!r}")
     if not isinstance(checksum, str) or len(checksum) != 64:
         raise ValueError(f"checksum {checksum!r}")
     entry = Entry(

@@ -1,0 +1,669 @@
+# SPDX-License-Identifier: MIT
+"""Damaged, lying and hostile checkpoints: refused with a message that names file and tensor, before a parameter changes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file as plain_save_file
+from torch import Tensor, nn
+
+from shuffled_tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.checkpoint import CheckpointError, load_experts, load_file, save_file
+from shuffled_tensor.checkpoint import files as files_module
+from shuffled_tensor.checkpoint.files import Files
+
+from .checkpoints import (
+    assert_unchanged,
+    in_format,
+    layer_name,
+    make_dense,
+    module_of,
+    others,
+    snapshot,
+    write_sharded,
+)
+from .test_views import assert_holds, weight_of
+
+NAME = layer_name("quark")
+DENSE = make_dense(2, 64, 64)
+Tensors = dict[str, Tensor]
+Header = dict[str, Any]
+
+
+def quark() -> Tensors:
+    return in_format("quark", DENSE, NAME)
+
+
+def parse(raw: bytes) -> tuple[Header, bytes]:
+    """Header and data of a file."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def unparse(header: Header | bytes, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def assert_refused(path: Path, message: str, *, bias: bool = False, whole_file: bool = False, **options: Any) -> None:
+    """Into new tensors and into a module, nothing of which has changed. PATH in a message is the path."""
+    model = module_of({NAME: DENSE}, "mxfp4_moe", bias=bias)
+    before = snapshot(model)
+    loads: list[Callable[[], object]] = [
+        lambda: load_experts(path, **options),
+        lambda: load_experts(path, into=model, **options),
+        lambda: load_file(path),
+    ]
+    for load in loads[: 3 if whole_file else 2]:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            load()
+        assert str(caught.value).replace(str(path), "PATH") == message
+    assert_unchanged(model, before)
+
+
+# --- files that are none
+
+Edit = Callable[[Header, bytes], bytes]
+CODES, SCALE = f"{NAME}.0.down_proj.weight", f"{NAME}.1.up_proj.weight_scale"
+
+
+def edited(**changes: Any) -> Edit:
+    """The header's entry of one tensor with other values."""
+    return lambda header, data: unparse(header | {CODES: header[CODES] | changes}, data)
+
+
+BROKEN_FILES: dict[str, tuple[Edit, str]] = {
+    "empty": (lambda header, data: b"", "PATH is no whole safetensors file: a header of 0 bytes in a file of 0"),
+    "seven bytes": (lambda header, data: b"\x03\0\0\0\0\0\0", "PATH is no whole safetensors file: a header of 3 bytes in a file of 7"),
+    "a header of absurd length": (lambda header, data: b"\xff" * 8 + data, "PATH is no whole safetensors file: a header of 18446744073709551615 bytes in a file of 13064"),
+    "a header beyond the end": (lambda header, data: struct.pack("<Q", 10**6) + data, "PATH is no whole safetensors file: a header of 1000000 bytes in a file of 13064"),
+    "no JSON": (lambda header, data: unparse(b"{]", data), "PATH is no whole safetensors file: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    "no UTF-8": (lambda header, data: unparse(b'{"\xff"}', data), "PATH is no whole safetensors file: 'utf-8' codec can't decode byte 0xff in position 2: invalid start byte"),
+    "no object": (lambda header, data: unparse(b"[1, 2]", data), "PATH is no whole safetensors file: no JSON object"),
+    "a tensor twice": (lambda header, data: unparse(b'{"a": 1, "a": 2}', data), "PATH is no whole safetensors file: it names a twice"),
+    "truncated": (lambda header, data: unparse(header, data[:-1]), "PATH is no whole safetensors file: its tensors end at byte 14470, and the file at 14469"),
+    "longer": (lambda header, data: unparse(header, data + b"\0"), "PATH is no whole safetensors file: its tensors end at byte 14470, and the file at 14471"),
+    "no offsets": (lambda header, data: unparse(header | {CODES: {"dtype": "U8", "shape": [64, 32]}}, data), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight is described by {{'dtype': 'U8', 'shape': [64, 32]}}"),
+    "no entry": (lambda header, data: unparse(header | {CODES: None}, data), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight is described by None"),
+    "offsets beyond the end": (edited(data_offsets=[10**9, 10**9 + 2048]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight_scale is at 3477..3605, where what is before it ends at 1429"),
+    "offsets of another tensor": (
+        lambda header, data: unparse(header | {CODES: header[f"{NAME}.1.down_proj.weight"]}, data),
+        f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight_scale is at 3465..3593, where what is before it ends at 1417",
+    ),
+    "negative offsets": (edited(data_offsets=[-2048, 0]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight has shape (64, 32) at [-2048, 0]"),
+    "a fraction": (edited(shape=[64.0, 32]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight has shape (64.0, 32) at [0, 2048]"),
+    "another size": (edited(shape=[64, 64]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U8 of shape [64, 64], has 2048 bytes"),
+    "an endless size": (edited(shape=[2**62] * 3), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U8 of shape [4611686018427387904, 4611686018427387904, 4611686018427387904], has 2048 bytes"),
+    "endless dimensions": (edited(shape=[2**62] * 65), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight has shape (4611686018427387904, 4611686018427387904, 4611686018427387904, 4611686018427387 at [0, 2048]"),
+    "a dtype that is none": (edited(dtype=["U8"]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, ['U8'] of shape [64, 32], has 2048 bytes"),
+    "a dtype that nobody knows": (edited(dtype="U9"), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U9 of shape [64, 32], has 2048 bytes"),
+    "metadata that is no text": (lambda header, data: unparse(header | {"__metadata__": {"format": 1}}, data), "PATH is no whole safetensors file: metadata that is no text"),
+    "a pickle": (lambda header, data: pickle.dumps(os.getcwd), "PATH is no whole safetensors file: a header of 345310336 bytes in a file of 31"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "message"), BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_broken_files(tmp_path: Path, edit: Edit, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(quark(), path)
+    path.write_bytes(edit(*parse(path.read_bytes())))
+    assert_refused(path, message, whole_file=True)
+
+
+def test_a_deep_header(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for text in (b'{"a":' + b"[" * 10**5, b'{"a":' * 10**5):
+        path.write_bytes(unparse(text, b""))
+        with pytest.raises(CheckpointError, match=r"model.safetensors is no whole safetensors file: "):
+            load_experts(path)
+
+
+def test_every_truncation(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(
+        {f"{NAME}.{e}.{p}_proj.weight": torch.zeros(1, 16, dtype=torch.uint8) for e in (0, 1) for p in ("up", "gate")},
+        path,
+    )
+    raw = path.read_bytes()
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+            Files(path)
+
+
+# --- tensors that do not fit each other
+
+
+def without(*names: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def instead(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name: change(tensors[name])}
+
+
+def only(pattern: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if pattern in name}
+
+
+WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "nothing": (lambda tensors: {}, "no tensor of PATH is named as MXFP4 experts are in 'gpt-oss', 'quark', 'compressed-tensors', 'deepseek', 'shuffled_tensor'"),
+    "something else": (lambda tensors: others(), "no tensor of PATH is named as MXFP4 experts are in 'gpt-oss', 'quark', 'compressed-tensors', 'deepseek', 'shuffled_tensor'"),
+    "no scale": (without(SCALE), f"{NAME}.0.gate_proj.weight in PATH has no scale of expert 1 (up) beside it"),
+    "no codes of an expert": (without(CODES), f"{NAME}.1.down_proj.weight in PATH has no qdata of expert 0 beside it"),
+    "no up": (without(SCALE.replace("_scale", "")), f"{NAME}.0.gate_proj.weight in PATH has no qdata of expert 1 (up) beside it"),
+    "no down": (only("gate"), f"{NAME}.0.gate_proj.weight in PATH has no qdata of expert 0 (up) beside it"),
+    "an expert is missing": (only(".1."), f"{NAME}.1.gate_proj.weight in PATH has no qdata of expert 0 beside it"),
+    "a scale of an expert without codes": (
+        lambda tensors: tensors | {CODES.replace(".0.", ".7.") + "_scale": tensors[CODES + "_scale"].clone()},
+        f"{NAME}.7.down_proj.weight_scale in PATH has no qdata beside it: there are 2 experts",
+    ),
+    "an endless number of experts": (
+        lambda tensors: tensors | {CODES.replace(".0.", ".999999999."): tensors[CODES].clone()},
+        f"{NAME}.0.down_proj.weight in PATH has no qdata of expert 2 beside it",
+    ),
+    "an expert twice": (lambda tensors: tensors | {CODES.replace(".0.", ".00."): tensors[CODES].clone()}, f"{NAME}.0.down_proj.weight and {NAME}.00.down_proj.weight in PATH are the same part of {NAME}"),
+    "scales of another shape": (instead(SCALE, lambda scale: scale.repeat(1, 2)), f"{NAME}.1.up_proj.weight_scale in PATH has shape [64, 4], not [64, 2]"),
+    "scales of another block": (instead(SCALE, lambda scale: scale.flatten()), f"{NAME}.1.up_proj.weight_scale in PATH has shape [128], not [64, 2]"),
+    "float scales": (instead(SCALE, Tensor.float), f"{NAME}.1.up_proj.weight_scale in PATH is torch.float32, not torch.uint8 or torch.float8_e8m0fnu"),
+    "scales of nvfp4": (instead(SCALE, lambda scale: scale.view(torch.float8_e4m3fn)), f"{NAME}.1.up_proj.weight_scale in PATH is torch.float8_e4m3fn, not torch.uint8 or torch.float8_e8m0fnu"),
+    "codes of 32 bits": (instead(CODES, lambda codes: codes.view(torch.int32)), f"{NAME}.0.down_proj.weight in PATH is torch.int32; codes are uint8 or int8, plain weights floating point"),
+    "one weight unquantised": (instead(CODES, Tensor.bfloat16), f"{NAME}.1.down_proj.weight in PATH is torch.uint8, not torch.bfloat16"),
+    "float64 weights": (lambda tensors: tensors | {name: tensor.double() for name, tensor in tensors.items() if name.endswith(("up_proj.weight", "gate_proj.weight"))}, f"{NAME}.0.gate_proj.weight in PATH is torch.float64; codes are uint8 or int8, plain weights floating point"),
+    "rows that differ": (instead(CODES, lambda codes: codes[:32].clone()), f"{NAME}.1.down_proj.weight in PATH has shape [64, 32], not [32, 32]"),
+    "no rows": (lambda tensors: {name: tensor[:0].clone() for name, tensor in tensors.items()}, f"{NAME}.0.gate_proj.weight in PATH has shape [0, 32] an expert, not [N, K/2] or [N, K/32, 16], K in blocks of 32"),
+    "columns that cut a block": (lambda tensors: {name: tensor[:, :24].clone() for name, tensor in tensors.items()}, f"{NAME}.0.gate_proj.weight in PATH has shape [64, 24] an expert, not [N, K/2] or [N, K/32, 16], K in blocks of 32"),
+    "w2 of other sizes": (
+        lambda tensors: tensors | {name: tensor[:32].clone() for name, tensor in tensors.items() if "down" in name},
+        f"{NAME}: for w13 [experts, 2I, K] = [2, 128, 64], w2 must be [2, 64, 64], found [2, 32, 64] in PATH",
+    ),
+    "names of two formats": (
+        lambda tensors: tensors | in_format("deepseek", DENSE, NAME), f"PATH holds {NAME}.0.down_proj.weight as in 'quark' and {NAME}.0.w1.weight as in 'deepseek'; say which with format=",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[Tensors], Tensors], message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(change(quark()), path)
+    assert_refused(path, message)
+
+
+def test_biases_that_do_not_fit(tmp_path: Path) -> None:
+    path, name = tmp_path / "model.safetensors", layer_name("gpt-oss")
+    tensors = in_format("gpt-oss", DENSE, name)
+    key = f"{name}.gate_up_proj_bias"
+    for bias, what in (
+        (tensors[key][:, :-2].clone(), "has shape [2, 126], not [2, 128]"),
+        (tensors[key].view(torch.uint16), "is torch.uint16, not torch.bfloat16 or torch.float16 or torch.float32"),
+    ):
+        plain_save_file(tensors | {key: bias}, path)
+        assert_refused(path, f"{key} in PATH {what}", bias=True)
+
+
+def test_a_dtype_that_torch_does_not_have(tmp_path: Path) -> None:
+    """Of no concern where it is another tensor's."""
+    path = tmp_path / "model.safetensors"
+    plain_save_file(quark() | others(), path)
+    raw = path.read_bytes()
+    header, data = parse(raw)
+    path.write_bytes(
+        unparse(header | {"lm_head.weight": header["lm_head.weight"] | {"dtype": "F4", "shape": [60]}}, data)
+    )
+    load_experts(path)
+    path.write_bytes(unparse(header | {CODES: header[CODES] | {"dtype": "F4", "shape": [64, 64]}}, data))
+    known = "BOOL, U8, U16, U32, U64, I8, I16, I32, I64, F8_E4M3, F8_E4M3FNUZ, F8_E5M2, F8_E5M2FNUZ, F8_E8M0, F16, BF16, F32, F64, C64"
+    assert_refused(path, f"{CODES} in PATH is 'F4'; known: {known}")
+
+
+# --- several files
+
+
+def folder(tmp_path: Path, *, index: bool = True) -> Path:
+    write_sharded(quark(), tmp_path / "model", 2, index=index)
+    return tmp_path / "model"
+
+
+def change_index(path: Path, change: Callable[[dict[str, str]], object]) -> None:
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+
+
+def duplicate_in_index(path: Path) -> None:
+    file = path / "model.safetensors.index.json"
+    text = file.read_text()
+    file.write_text(text.replace('"weight_map": {', f'"weight_map": {{"{CODES}": "{SECOND}", '))
+
+
+BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a missing shard": (lambda path: (path / SECOND).unlink(), f"PATH/model.safetensors.index.json sends {NAME}.0.up_proj.weight to model-00002-of-00002.safetensors, which is missing"),
+    "a damaged shard": (lambda path: (path / SECOND).write_bytes(b"\0" * 20), "PATH/model-00002-of-00002.safetensors is no whole safetensors file: a header of 0 bytes in a file of 20"),
+    "a shard that is a folder": (lambda path: ((path / SECOND).unlink(), (path / SECOND).mkdir()), f"PATH/model.safetensors.index.json sends {NAME}.0.up_proj.weight to model-00002-of-00002.safetensors, which is missing"),
+    "a tensor twice in the index": (duplicate_in_index, f"PATH/model.safetensors.index.json is no index of safetensors files: ValueError('it names {NAME}.0.down_proj.weight twice')"),
+    "two shards hold a tensor": (
+        lambda path: ((path / "model.safetensors.index.json").unlink(), shutil.copy(path / FIRST, path / "z.safetensors")),
+        f"{NAME}.0.down_proj.weight is in model-00001-of-00002.safetensors and in z.safetensors of PATH",
+    ),
+    "a tensor in the other shard": (lambda path: change_index(path, lambda names: names.update({CODES: SECOND if names[CODES] == FIRST else FIRST})), f"PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to model-00002-of-00002.safetensors, which does not hold it"),
+    "a tensor that is nowhere": (lambda path: change_index(path, lambda names: names.update(absent=FIRST)), "PATH/model.safetensors.index.json sends absent to model-00001-of-00002.safetensors, which does not hold it"),
+    "up and out": (lambda path: change_index(path, lambda names: names.update({CODES: "../secret.safetensors"})), f"PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to '../secret.safetensors', which is no file beside it"),
+    "an absolute path": (lambda path: change_index(path, lambda names: names.update({CODES: "/etc/passwd"})), f"PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to '/etc/passwd', which is no file beside it"),
+    "a folder below": (lambda path: change_index(path, lambda names: names.update({CODES: "a/b.safetensors"})), f"PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to 'a/b.safetensors', which is no file beside it"),
+    "the folder above": (lambda path: change_index(path, lambda names: names.update({CODES: ".."})), f"PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to .., which is missing"),
+    "a null byte": (lambda path: change_index(path, lambda names: names.update({CODES: "a\0b"})), f'PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to a\x00b, which is missing'),
+    "a number for a file": (lambda path: change_index(path, lambda names: names.update({CODES: 7})), f"PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to 7, which is no file beside it"),
+    "an index that is no JSON": (lambda path: (path / "model.safetensors.index.json").write_text("weights"), "PATH/model.safetensors.index.json is no index of safetensors files: JSONDecodeError('Expecting value: line 1 column 1 (char 0)')"),
+    "an index of nothing": (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "PATH/model.safetensors.index.json is no index of safetensors files: KeyError('weight_map')"),
+    "an index that is a list": (lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), 'PATH/model.safetensors.index.json is no index of safetensors files: AttributeError("\'list\' object has no attribute \'items\'")'),
+    "two indices": (lambda path: (path / "a.safetensors.index.json").write_text("{}"), "PATH holds 2 indices, a.safetensors.index.json and others; give a file"),
+    "nothing in it": (lambda path: [file.unlink() for file in path.iterdir()], "no *.safetensors in PATH"),
+    "nothing there": (shutil.rmtree, "no such file: PATH"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_FOLDERS.values(), ids=BROKEN_FOLDERS)
+def test_broken_folders(tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
+    path = folder(tmp_path)
+    plain_save_file({CODES: torch.zeros(64, 32, dtype=torch.uint8)}, tmp_path / "secret.safetensors")
+    change(path)
+    assert_refused(path, message)
+
+
+def test_files_are_closed(tmp_path: Path) -> None:
+    """Also where the second of two is damaged: warnings are errors here, and an unclosed file is a warning."""
+    path = folder(tmp_path)
+    opened = set(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else set()
+    load_experts(path)
+    (path / SECOND).write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        load_experts(path)
+    if opened:
+        assert len(os.listdir("/proc/self/fd")) == len(opened)
+
+
+# --- manifests that lie
+
+
+def own_file(path: Path, layout: str = "as_is") -> nn.Module:
+    """Two weights and biases, written by save_file."""
+    model = module_of({NAME: DENSE}, "mxfp4_moe")
+    save_file(model.state_dict(), path, layout=layout)
+    return model
+
+
+def change_manifest(change: Callable[[dict[str, Any]], object], *, seal: bool = True) -> Edit:
+    """``seal`` makes a lie that was meant."""
+
+    def edit(header: Header, data: bytes) -> bytes:
+        manifest = json.loads(header["__metadata__"]["shuffled_tensor"])
+        change(manifest)
+        if seal:
+            text = json.dumps(manifest["tensors"], sort_keys=True)
+            manifest["seal"] = hashlib.sha256(text.encode()).hexdigest()
+        header["__metadata__"]["shuffled_tensor"] = json.dumps(manifest)
+        return unparse(header, data)
+
+    return edit
+
+
+W13 = f"{NAME}.w13_weight"
+
+
+def says(**changes: Any) -> Edit:
+    return change_manifest(lambda manifest: manifest["tensors"][W13].update(changes))
+
+
+def no_manifest(header: Header, data: bytes) -> bytes:
+    del header["__metadata__"]
+    return unparse(header, data)
+
+
+def unreadable_manifest(header: Header, data: bytes) -> bytes:
+    header["__metadata__"]["shuffled_tensor"] = "yes"
+    return unparse(header, data)
+
+
+def flip_data(header: Header, data: bytes) -> bytes:
+    place = header[f"{W13}.qdata"]["data_offsets"][0] + 5  # no pad, which has no checksum and is written anew
+    return unparse(header, data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+
+
+def swap(header: Header, data: bytes) -> bytes:
+    """The two experts' codes."""
+    start, end = header[f"{W13}.qdata"]["data_offsets"]
+    middle = (start + end) // 2
+    return unparse(header, data[:start] + data[middle:end] + data[start:middle] + data[end:])
+
+
+LYING_MANIFESTS: dict[str, tuple[Edit, str | tuple[str, str]]] = {
+    "an unknown version": (change_manifest(lambda manifest: manifest.update(version=2)), "the manifest of PATH has format version 2, and this build knows 1; use a newer shuffled_tensor"),
+    "no version": (change_manifest(lambda manifest: manifest.pop("version")), "the manifest of PATH cannot be read: KeyError('version')"),
+    "no manifest": (no_manifest, (f"{NAME}.w13_weight.qdata in PATH is in no manifest, so its layout is unknown", f"{NAME}.w13_weight.qdata and {NAME}.w13_weight.scale in PATH are in no manifest, so their layout is unknown")),
+    "no JSON": (unreadable_manifest, "the manifest of PATH cannot be read: JSONDecodeError('Expecting value: line 1 column 1 (char 0)')"),
+    "a list": (change_manifest(lambda manifest: manifest.update(tensors=[])), 'the manifest of PATH cannot be read: AttributeError("\'list\' object has no attribute \'items\'")'),
+    "changed": (change_manifest(lambda manifest: manifest["tensors"][W13].update(gate_up=False), seal=False), "the manifest of PATH was changed or damaged: its seal does not fit"),
+    "an unknown kind": (says(kind="mxfp4_turbo"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: unknown shuffle kind 'mxfp4_turbo'; known kinds: 'none', 'mxfp4_moe', 'mxfp4_separated'"),
+    "another kind": (says(kind="mxfp4_separated"), f"{NAME}.w13_weight in PATH is damaged: its values have checksum 25fa0d74173b..., the manifest says 7b5d33f5c1cb..."),
+    "row-major": (says(kind="none", padded=None), f"{NAME}.w13_weight.qdata in PATH has shape [2, 512, 128], not [2, 128, 32]"),
+    "row-major in padded sizes": (says(kind="none"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 128] for kind 'none', which has None"),
+    "other sizes": (says(shape=[2, 512, 64]), (f"{NAME}.w13_bias in PATH has shape [2, 128], not [2, 512]", f"{NAME}.w13_weight in PATH is damaged: its values have checksum 104a750d7997..., the manifest says 7b5d33f5c1cb...")),
+    "other sizes, the same padded": (says(shape=[2, 120, 64]), (f"{NAME}.w13_bias in PATH has shape [2, 128], not [2, 120]", f"{NAME}.w13_weight in PATH is damaged: its values have checksum ce4b998b253a..., the manifest says 7b5d33f5c1cb...")),
+    "one expert more": (says(shape=[3, 128, 64]), f"{NAME}.w13_weight.qdata in PATH has shape [2, 512, 128], not [3, 512, 128]"),
+    "no sizes": (says(shape=[]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape []"),
+    "sizes that are none": (says(shape=["2", 128, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape ['2', 128, 64]"),
+    "an endless size": (says(shape=[2, 10**30, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 128] for kind 'mxfp4_moe', which has [1000000000000000000000000000000, 128]"),
+    "other padded sizes": (says(padded=[512, 512]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 512] for kind 'mxfp4_moe', which has [512, 128]"),
+    "not gate and up": (says(gate_up=False, padded=[256, 128]), (f"{NAME}.w13_weight.qdata in PATH is [2, 128, 64] with gate_up=False by its manifest, not [experts, N, K] with gate_up=True", f"{NAME}.w13_weight.qdata in PATH has shape [2, 512, 128], not [2, 256, 128]")),
+    "an unknown dtype": (says(dtype="int4"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: dtype 'int4'"),
+    "an unknown target": (says(shuffle_kind="fast"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: unknown shuffle kind 'fast'; known kinds: 'none', 'mxfp4_moe', 'mxfp4_separated'"),
+    "another checksum": (says(checksum="0" * 64), f"{NAME}.w13_weight in PATH is damaged: its values have checksum 7b5d33f5c1cb..., the manifest says 000000000000..."),
+    "no checksum": (says(checksum=None), f"the manifest of PATH says something impossible of {NAME}.w13_weight: checksum None"),
+    "no entry": (change_manifest(lambda manifest: manifest["tensors"].pop(W13)), (f"{NAME}.w13_weight.qdata in PATH is in no manifest, so its layout is unknown", f"{NAME}.w13_weight.qdata and {NAME}.w13_weight.scale in PATH are in no manifest, so their layout is unknown")),
+    "an entry that is none": (change_manifest(lambda manifest: manifest["tensors"].update({W13: 3})), f"the manifest of PATH says something impossible of {NAME}.w13_weight: 'int' object is not subscriptable"),
+    "a bit flip in codes": (flip_data, f"{NAME}.w13_weight in PATH is damaged: its values have checksum 689051cb0359..., the manifest says 7b5d33f5c1cb..."),
+    "swapped experts": (swap, f"{NAME}.w13_weight in PATH is damaged: its values have checksum 2dc63fbfdbb3..., the manifest says 7b5d33f5c1cb..."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "message"), LYING_MANIFESTS.values(), ids=LYING_MANIFESTS)
+def test_lying_manifests(tmp_path: Path, edit: Edit, message: str | tuple[str, str]) -> None:
+    path = tmp_path / "own.safetensors"
+    own_file(path)
+    path.write_bytes(edit(*parse(path.read_bytes())))
+    messages = message if isinstance(message, tuple) else (message, message)
+    assert_refused(path, messages[0], bias=True)
+    with pytest.raises(CheckpointError) as caught:
+        load_file(path)
+    assert str(caught.value).replace(str(path), "PATH") == messages[1]
+
+
+def test_bytes_by_another_name(tmp_path: Path) -> None:
+    """A dtype of one byte is taken where uint8 was written: they are the same bytes."""
+    path = tmp_path / "own.safetensors"
+    model = own_file(path)
+    header, data = parse(path.read_bytes())
+    header[f"{W13}.qdata"]["dtype"], header[f"{W13}.scale"]["dtype"] = "I8", "F8_E8M0"
+    path.write_bytes(unparse(header, data))
+    assert load_file(path)[W13].logical_checksum() == model.get_parameter(W13).logical_checksum()  # type: ignore[attr-defined]
+
+
+def test_a_manifest_of_another_file(tmp_path: Path) -> None:
+    """Two files of one folder describe one weight."""
+    path = tmp_path / "model"
+    path.mkdir()
+    own_file(path / "a.safetensors")
+    header, _ = parse((path / "a.safetensors").read_bytes())
+    plain_save_file({"other": torch.zeros(2)}, path / "b.safetensors", metadata=header["__metadata__"])
+    with pytest.raises(CheckpointError, match=f"{W13} is in the manifests of .*a.safetensors and .*b.safetensors"):
+        load_file(path)
+
+
+# --- nothing changes before everything was looked at
+
+
+def damage_checksum(header: Header, data: bytes) -> bytes:
+    return change_manifest(lambda manifest: manifest["tensors"][f"{NAME}.z.w2_weight"].update(checksum="1" * 64))(
+        header, data
+    )
+
+
+def test_the_last_weight_is_damaged(tmp_path: Path) -> None:
+    """No parameter of any layer has changed."""
+    path = tmp_path / "own.safetensors"
+    model = module_of({f"{NAME}.a": DENSE, f"{NAME}.z": DENSE}, "mxfp4_moe")
+    save_file(model.state_dict(), path)
+    for parameter in model.parameters():
+        parameter.zero_() if isinstance(parameter, ShuffledMXFP4Tensor) else parameter.data.zero_()
+    path.write_bytes(damage_checksum(*parse(path.read_bytes())))
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=f"{NAME}.z.w2_weight in .* is damaged: its values have checksum"):
+        load_experts(path, into=model)
+    assert_unchanged(model, before)
+
+
+WRONG_MODULES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "no layer": (lambda layer: layer.__dict__["parent"].__delattr__("experts"), f"the module has no submodule '{NAME}' to load into"),
+    "no weight": (lambda layer: delattr(layer, "w2_weight"), f"{NAME}.w2_weight must be a ShuffledMXFP4Tensor of shape [2, 64, 64] for what PATH holds, found nothing"),
+    "a plain weight": (
+        lambda layer: replace(layer, "w2_weight", torch.zeros(2, 64, 64)),
+        f"{NAME}.w2_weight must be a ShuffledMXFP4Tensor of shape [2, 64, 64] for what PATH holds, found a Parameter of shape [2, 64, 64]",
+    ),
+    "another shape": (
+        lambda layer: replace(layer, "w2_weight", weight_of((DENSE.w2[0][:1], DENSE.w2[1][:1]), gate_up=False)),
+        f"{NAME}.w2_weight must be a ShuffledMXFP4Tensor of shape [2, 64, 64] for what PATH holds, found a ShuffledMXFP4Tensor of shape [1, 64, 64]",
+    ),
+    "a down weight": (
+        lambda layer: replace(layer, "w13_weight", weight_of(DENSE.w13, gate_up=False)),
+        f"{NAME}.w13_weight must have gate_up=True, found False",
+    ),
+    "on the meta device": (
+        lambda layer: replace(layer, "w2_weight", layer.w2_weight.to("meta")),
+        f"{NAME}.w2_weight is on the meta device, where nothing can be loaded; see to_empty()",
+    ),
+    "no bias": (lambda layer: delattr(layer, "w2_bias"), f"{NAME}.w2_bias must be of shape [2, 64] for what PATH holds, found none"),
+    "another bias": (lambda layer: replace(layer, "w13_bias", torch.zeros(2, 64)), f"{NAME}.w13_bias must be of shape [2, 128] for what PATH holds, found shape [2, 64]"),
+}  # fmt: skip
+
+
+def replace(layer: nn.Module, name: str, tensor: Tensor) -> None:
+    delattr(layer, name)
+    layer.register_parameter(name, nn.Parameter(tensor))
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_MODULES.values(), ids=WRONG_MODULES)
+def test_modules_that_do_not_fit(tmp_path: Path, change: Callable[[nn.Module], object], message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(in_format("gpt-oss", DENSE, NAME), path)
+    model = module_of({NAME: DENSE}, "mxfp4_moe")
+    layer = model.get_submodule(NAME)
+    layer.__dict__["parent"] = model.get_submodule(NAME.removesuffix(".experts"))
+    change(layer)
+    kept = [parameter for parameter in layer.parameters() if parameter.device.type == "cpu"]
+    holder = nn.ParameterList(kept)
+    before = snapshot(holder)
+    with pytest.raises(ValueError, match=f"^{re.escape(message.replace('PATH', str(path)))}$"):
+        load_experts(path, into=model)
+    assert_unchanged(holder, before)
+
+
+def test_a_bias_that_the_checkpoint_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(quark(), path)
+    model = module_of({NAME: DENSE}, "mxfp4_moe")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"w13_bias must be absent for what .* holds, found shape \[2, 128\]"):
+        load_experts(path, into=model)
+    assert_unchanged(model, before)
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "dim": ({"dim": "rows"}, "dim must be 'expert' or 'intermediate', found 'rows'"),
+    "rank": ({"rank": 2, "world_size": 2}, "rank must be in 0..1, found 2"),
+    "negative rank": ({"rank": -1}, "rank must be in 0..0, found -1"),
+    "experts": ({"world_size": 3}, f"{NAME}: 2 (expert) cannot be parted into 3 equal parts of multiples of 1"),
+    "blocks": (
+        {"world_size": 4, "dim": "intermediate"},
+        f"{NAME}: 64 (intermediate) cannot be parted into 4 equal parts of multiples of 32",
+    ),
+    "prefix": (
+        {"prefix": "model.layers.4."},
+        "no tensor of PATH that begins with 'model.layers.4.' is named as MXFP4 experts are in 'gpt-oss', 'quark', "
+        "'compressed-tensors', 'deepseek', 'shuffled_tensor'",
+    ),
+    "format": ({"format": "deepseek"}, "no tensor of PATH is named as in format 'deepseek'"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(quark(), path)
+    assert_refused(path, message, **options)
+
+
+# --- a disk that fails in the middle
+
+
+class Disk(io.FileIO):
+    """Fails after some bytes."""
+
+    room = 0
+    error = errno.ENOSPC
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self.room:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().write(data)
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() > self.room:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().readinto(buffer)
+
+
+@pytest.mark.parametrize("room", [0, 100, 5_000, "until fsync"])
+@pytest.mark.parametrize("layout", ["canonical", "as_is"])
+def test_no_space_left(tmp_path: Path, room: int | str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there under that name is still there, and nothing else."""
+    path = tmp_path / "own.safetensors"
+    model = own_file(path)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        if isinstance(room, str):
+
+            def fsync(descriptor: int) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            patch.setattr(os, "fsync", fsync)
+        else:
+            patch.setattr(Disk, "room", room)
+            patch.setattr(files_module, "open", lambda path, mode: io.BufferedRandom(Disk(path, "w+")), raising=False)
+        for target in (path, tmp_path / "new.safetensors"):
+            with pytest.raises(OSError, match="No space left on device"):
+                save_file(model.state_dict(), target, layout=layout)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+    with pytest.raises(FileNotFoundError):
+        save_file(model.state_dict(), tmp_path / "absent" / "own.safetensors")
+
+
+def test_saving_is_interrupted(tmp_path: Path) -> None:
+    class Interrupting(Tensor):
+        def cpu(self) -> Tensor:  # type: ignore[override]
+            raise KeyboardInterrupt
+
+    tensors = {"a": torch.zeros(3), "b": torch.zeros(3).as_subclass(Interrupting)}
+    with pytest.raises(KeyboardInterrupt):
+        save_file(tensors, tmp_path / "own.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_half_loaded(model: nn.Module) -> None:
+    """A weight that was begun refuses; one that was not is as it was, and one that was finished is new."""
+    layer = model.get_submodule(NAME)
+    with pytest.raises(RuntimeError, match="this weight cannot be used: writing to it was interrupted"):
+        layer.w2_weight.dequantize()
+    assert_holds(layer.w13_weight, DENSE.w13, "mxfp4_moe")
+
+
+def test_a_file_becomes_shorter_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(quark(), path)
+    raw = path.read_bytes()
+    model = module_of({NAME: DENSE}, "mxfp4_moe", bias=False)
+    plain_read = Files.read
+
+    def shrinking(self: Files, name: str, *index: int | slice) -> Tensor:
+        if "1.down_proj.weight" in name:
+            os.truncate(path, len(raw) // 2)
+        return plain_read(self, name, *index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "read", shrinking)
+        with pytest.raises(
+            CheckpointError, match="1.down_proj.weight in .* cannot be read: the file has become shorter"
+        ):
+            load_experts(path, into=model)
+    assert_half_loaded(model)
+    path.write_bytes(raw)
+    load_experts(path, into=model)
+    assert_holds(model.get_submodule(NAME).w2_weight, DENSE.w2, "mxfp4_moe")
+
+
+def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    names = [name for name in quark() if "down" not in name] + [name for name in quark() if "down" in name]
+    own = {f"{index:02} {name}": quark()[name] for index, name in enumerate(names)}  # safetensors sorts by name
+    plain_save_file(own, path)
+    header, data = parse(path.read_bytes())
+    path.write_bytes(unparse({name[3:]: entry for name, entry in header.items()}, data))
+    model = module_of({NAME: DENSE}, "mxfp4_moe", bias=False)
+    monkeypatch.setattr(Disk, "room", path.stat().st_size - 2500)
+    monkeypatch.setattr(Disk, "error", errno.EIO)
+    monkeypatch.setattr(files_module, "open", lambda path, mode: io.BufferedReader(Disk(path), 1), raising=False)
+    with pytest.raises(CheckpointError, match="down_proj.weight.* in .* cannot be read: .*Input/output error"):
+        load_experts(path, into=model)
+    assert_half_loaded(model)
+
+
+# --- save_file's own arguments
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    weight, path = weight_of(DENSE.w13), tmp_path / "own.safetensors"
+    for tensors, options, message in (
+        ({"w": weight}, {"layout": "shuffled"}, "layout must be 'canonical' or 'as_is', found 'shuffled'"),
+        ({"w": weight, "w.scale": torch.zeros(1)}, {}, "a tensor cannot be called 'w.scale', which is taken"),
+        ({"__metadata__": torch.zeros(1)}, {}, "a tensor cannot be called '__metadata__', which is taken"),
+        ({"w": torch.zeros(1, dtype=torch.complex128)}, {}, "'w' is torch.complex128, which safetensors files do not hold"),
+        ({"w": torch.zeros(1)}, {"metadata": {"shuffled_tensor": "{}"}}, "metadata['shuffled_tensor'] is the manifest's place"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            save_file(tensors, path, **options)  # type: ignore[arg-type]
+        assert list(tmp_path.iterdir()) == []
+
+
+# --- 500 files
+
+
+def test_fuzz(tmp_path: Path) -> None:
+    """In a process of its own, which a crash would end; and nothing is executed that comes from a file."""
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-X",
+        "faulthandler",
+        "-m",
+        "tests.fuzz_checkpoints",
+        str(tmp_path),
+        "500",
+    ]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    outcome = json.loads(run.stdout)
+    assert outcome["loaded"] + outcome["refused"] == 500
+    assert min(outcome.values()) > 150
