@@ -62,7 +62,8 @@ def unparse(header: Header | bytes, data: bytes) -> bytes:
 
 
 def assert_refused(path: Path, message: str, *, bias: bool = False, whole_file: bool = False, **options: Any) -> None:
-    """Into new tensors and into a module, nothing of which has changed. PATH in a message is the path."""
+    """Into new tensors and into a module, nothing of which has changed. PATH in a message is the path. Of a file that is
+    none, the message is how it begins: the rest is in the words of the safetensors package."""
     model = module_of({NAME: DENSE}, "mxfp4_moe", bias=bias)
     before = snapshot(model)
     loads: list[Callable[[], object]] = [
@@ -73,7 +74,8 @@ def assert_refused(path: Path, message: str, *, bias: bool = False, whole_file: 
     for load in loads[: 3 if whole_file else 2]:
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             load()
-        assert str(caught.value).replace(str(path), "PATH") == message
+        found = str(caught.value).replace(str(path), "PATH")
+        assert found.startswith(message) if whole_file else found == message
     assert_unchanged(model, before)
 
 
@@ -88,42 +90,41 @@ def edited(**changes: Any) -> Edit:
     return lambda header, data: unparse(header | {CODES: header[CODES] | changes}, data)
 
 
-BROKEN_FILES: dict[str, tuple[Edit, str]] = {
-    "empty": (lambda header, data: b"", "PATH is no whole safetensors file: a header of 0 bytes in a file of 0"),
-    "seven bytes": (lambda header, data: b"\x03\0\0\0\0\0\0", "PATH is no whole safetensors file: a header of 3 bytes in a file of 7"),
-    "a header of absurd length": (lambda header, data: b"\xff" * 8 + data, "PATH is no whole safetensors file: a header of 18446744073709551615 bytes in a file of 13064"),
-    "a header beyond the end": (lambda header, data: struct.pack("<Q", 10**6) + data, "PATH is no whole safetensors file: a header of 1000000 bytes in a file of 13064"),
-    "no JSON": (lambda header, data: unparse(b"{]", data), "PATH is no whole safetensors file: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-    "no UTF-8": (lambda header, data: unparse(b'{"\xff"}', data), "PATH is no whole safetensors file: 'utf-8' codec can't decode byte 0xff in position 2: invalid start byte"),
-    "no object": (lambda header, data: unparse(b"[1, 2]", data), "PATH is no whole safetensors file: no JSON object"),
-    "a tensor twice": (lambda header, data: unparse(b'{"a": 1, "a": 2}', data), "PATH is no whole safetensors file: it names a twice"),
-    "truncated": (lambda header, data: unparse(header, data[:-1]), "PATH is no whole safetensors file: its tensors end at byte 14470, and the file at 14469"),
-    "longer": (lambda header, data: unparse(header, data + b"\0"), "PATH is no whole safetensors file: its tensors end at byte 14470, and the file at 14471"),
-    "no offsets": (lambda header, data: unparse(header | {CODES: {"dtype": "U8", "shape": [64, 32]}}, data), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight is described by {{'dtype': 'U8', 'shape': [64, 32]}}"),
-    "no entry": (lambda header, data: unparse(header | {CODES: None}, data), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight is described by None"),
-    "offsets beyond the end": (edited(data_offsets=[10**9, 10**9 + 2048]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight_scale is at 3477..3605, where what is before it ends at 1429"),
-    "offsets of another tensor": (
-        lambda header, data: unparse(header | {CODES: header[f"{NAME}.1.down_proj.weight"]}, data),
-        f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight_scale is at 3465..3593, where what is before it ends at 1417",
+BROKEN_FILES: dict[str, Edit] = {
+    "empty": lambda header, data: b"",
+    "seven bytes": lambda header, data: b"\x03\0\0\0\0\0\0",
+    "a header of absurd length": lambda header, data: b"\xff" * 8 + data,
+    "a header beyond the end": lambda header, data: struct.pack("<Q", 10**6) + data,
+    "no JSON": lambda header, data: unparse(b"{]", data),
+    "no UTF-8": lambda header, data: unparse(b'{"\xff"}', data),
+    "no object": lambda header, data: unparse(b"[1, 2]", data),
+    "a tensor twice": lambda header, data: unparse(b'{"a": 1, "a": 2}', data),
+    "truncated": lambda header, data: unparse(header, data[:-1]),
+    "longer": lambda header, data: unparse(header, data + b"\0"),
+    "no offsets": lambda header, data: unparse(header | {CODES: {"dtype": "U8", "shape": [64, 32]}}, data),
+    "no entry": lambda header, data: unparse(header | {CODES: None}, data),
+    "offsets beyond the end": edited(data_offsets=[10**9, 10**9 + 2048]),
+    "offsets of another tensor": lambda header, data: unparse(
+        header | {CODES: header[f"{NAME}.1.down_proj.weight"]}, data
     ),
-    "negative offsets": (edited(data_offsets=[-2048, 0]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight has shape (64, 32) at [-2048, 0]"),
-    "a fraction": (edited(shape=[64.0, 32]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight has shape (64.0, 32) at [0, 2048]"),
-    "another size": (edited(shape=[64, 64]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U8 of shape [64, 64], has 2048 bytes"),
-    "an endless size": (edited(shape=[2**62] * 3), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U8 of shape [4611686018427387904, 4611686018427387904, 4611686018427387904], has 2048 bytes"),
-    "endless dimensions": (edited(shape=[2**62] * 65), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight has shape (4611686018427387904, 4611686018427387904, 4611686018427387904, 4611686018427387 at [0, 2048]"),
-    "a dtype that is none": (edited(dtype=["U8"]), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, ['U8'] of shape [64, 32], has 2048 bytes"),
-    "a dtype that nobody knows": (edited(dtype="U9"), f"PATH is no whole safetensors file: {NAME}.0.down_proj.weight, U9 of shape [64, 32], has 2048 bytes"),
-    "metadata that is no text": (lambda header, data: unparse(header | {"__metadata__": {"format": 1}}, data), "PATH is no whole safetensors file: metadata that is no text"),
-    "a pickle": (lambda header, data: pickle.dumps(os.getcwd), "PATH is no whole safetensors file: a header of 345310336 bytes in a file of 31"),
-}  # fmt: skip
+    "negative offsets": edited(data_offsets=[-2048, 0]),
+    "a fraction": edited(shape=[64.0, 32]),
+    "another size": edited(shape=[64, 64]),
+    "an endless size": edited(shape=[2**62] * 3),
+    "endless dimensions": edited(shape=[2**62] * 65),
+    "a dtype that is none": edited(dtype=["U8"]),
+    "a dtype that nobody knows": edited(dtype="U9"),
+    "metadata that is no text": lambda header, data: unparse(header | {"__metadata__": {"format": 1}}, data),
+    "a pickle": lambda header, data: pickle.dumps(os.getcwd),
+}
 
 
-@pytest.mark.parametrize(("edit", "message"), BROKEN_FILES.values(), ids=BROKEN_FILES)
-def test_broken_files(tmp_path: Path, edit: Edit, message: str) -> None:
+@pytest.mark.parametrize("edit", BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_broken_files(tmp_path: Path, edit: Edit) -> None:
     path = tmp_path / "model.safetensors"
     plain_save_file(quark(), path)
     path.write_bytes(edit(*parse(path.read_bytes())))
-    assert_refused(path, message, whole_file=True)
+    assert_refused(path, "PATH is no whole safetensors file: Error while deserializing header: ", whole_file=True)
 
 
 def test_a_deep_header(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def duplicate_in_index(path: Path) -> None:
 
 BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing shard": (lambda path: (path / SECOND).unlink(), f"PATH/model.safetensors.index.json sends {NAME}.0.up_proj.weight to model-00002-of-00002.safetensors, which is missing"),
-    "a damaged shard": (lambda path: (path / SECOND).write_bytes(b"\0" * 20), "PATH/model-00002-of-00002.safetensors is no whole safetensors file: a header of 0 bytes in a file of 20"),
+    "a damaged shard": (lambda path: (path / SECOND).write_bytes(b"\0" * 20), "PATH/model-00002-of-00002.safetensors is no whole safetensors file: Error while deserializing header: invalid JSON in header: EOF while parsing a value at line 1 column 0"),
     "a shard that is a folder": (lambda path: ((path / SECOND).unlink(), (path / SECOND).mkdir()), f"PATH/model.safetensors.index.json sends {NAME}.0.up_proj.weight to model-00002-of-00002.safetensors, which is missing"),
     "a tensor twice in the index": (duplicate_in_index, f"PATH/model.safetensors.index.json is no index of safetensors files: ValueError('it names {NAME}.0.down_proj.weight twice')"),
     "two shards hold a tensor": (
