@@ -127,19 +127,24 @@ class Weight:
         Raises:
             CheckpointError: the bytes cannot be read.
         """
+        pieces = self.pieces(part, expert, span)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(self, part: str, expert: int, span: range) -> list[Tensor]:
+        """What :meth:`read` returns, in pieces one behind the other, not yet copied together."""
         if not self.gate_up:
             data = self._rows(part, expert)
             per_byte = PER_BYTE[part] if self.quantized and part != "bias" else 1
-            return data if part == "bias" else data[:, slice_of(span, per_byte)]
+            return [data if part == "bias" else data[:, slice_of(span, per_byte)]]
         if self.row_order == "interleaved":
             rows = self._rows(part, expert, rows=slice(2 * span.start, 2 * span.stop))
-            return torch.cat([rows[0::2], rows[1::2]])
+            return [rows[0::2], rows[1::2]]
         if self.row_order == "apart":
-            return torch.cat([self._rows(part, expert, half, slice_of(span)) for half in (0, 1)])
+            return [self._rows(part, expert, half, slice_of(span)) for half in (0, 1)]
         if len(span) == self.intermediate:
-            return self._rows(part, expert)
+            return [self._rows(part, expert)]
         starts = (span.start, self.intermediate + span.start)
-        return torch.cat([self._rows(part, expert, rows=slice(start, start + len(span))) for start in starts])
+        return [self._rows(part, expert, rows=slice(start, start + len(span))) for start in starts]
 
     def checksum(self) -> str:
         """Of the logical value as it is stored."""

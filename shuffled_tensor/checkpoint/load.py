@@ -199,13 +199,17 @@ def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
     used."""
     with tensor.writing() if isinstance(tensor, ShuffledMXFP4Tensor) else nullcontext():
         for place, expert in enumerate(cut.experts):
-            codes = weight.read("qdata", expert, cut.span)
-            if isinstance(tensor, ShuffledMXFP4Tensor):
-                window = tensor[place : place + 1]._window  # type: ignore[attr-defined]
-                scale = weight.read("scale", expert, cut.span)
-                tensor._storage.write(window, codes.unsqueeze(0), scale.unsqueeze(0))
-            else:
-                tensor.data[place].copy_(codes)
+            if not isinstance(tensor, ShuffledMXFP4Tensor):
+                tensor.data[place].copy_(weight.read("qdata", expert, cut.span))
+                continue
+            storage, window = tensor._storage, tensor[place : place + 1]._window  # type: ignore[attr-defined]
+            # row-major bytes are copied where they belong; a layout is made of all rows at once
+            read = weight.pieces if storage.kind is ShuffleKind.NONE else lambda *of: [weight.read(*of)]
+            start = window.rows.start
+            for codes, scale in zip(*(read(part, expert, cut.span) for part in PER_BYTE), strict=True):
+                rows = range(start, start + len(codes))
+                storage.write(window._replace(rows=rows), codes.unsqueeze(0), scale.unsqueeze(0))
+                start = rows.stop
 
 
 def _verify(weight: Weight, checksum: Callable[[], str]) -> None:
