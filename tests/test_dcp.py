@@ -17,8 +17,12 @@ from shuffled_tensor import ShuffledMXFP4Tensor
 from .helpers import dense
 from .moe_layer import MoE, make_weight, weight_parts
 
-# torch says so of any call in one process
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+pytestmark = [
+    # torch says so of any call in one process
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),
+    # and torch 2.10 of itself
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 KINDS = ("none", "mxfp4_moe", "mxfp4_separated")
 
