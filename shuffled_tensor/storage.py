@@ -231,7 +231,8 @@ class PackedStorage:
     def writing(self, whole: bool = False) -> Iterator[None]:
         """Hold the bytes for a write; ``whole`` says that it leaves nothing as it was, so that what was wrong before is
         over. An exception inside leaves them unusable."""
-        with self._lock:
+        # bytes made in inference mode are written in it, wherever the writer is
+        with self._lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
             before, self.trouble = self.trouble, self.trouble or "writing to it was interrupted"
             yield
             self.trouble = before

@@ -207,18 +207,27 @@ class ShuffledMXFP4Tensor(Wrapper):
         """Quantise high-precision values of this shape over the present ones, in place and in the present layout.
 
         Raises:
-            TypeError: ``weight`` is not floating point.
-            ValueError: another shape, or an unknown rule.
+            TypeError: ``weight`` is not floating point, or packed already.
+            ValueError: another shape, no values (on the meta device), or an unknown rule.
         """
+        if isinstance(weight, ShuffledMXFP4Tensor):
+            raise TypeError("refit_from_hp_ quantises, and this weight is quantised already; copy_ takes it as it is")
         if weight.shape != self.shape:
             raise ValueError(f"refit_from_hp_ takes values of shape {list(self.shape)}, found {list(weight.shape)}")
         mxfp4.check_quantizable(weight, scale_rule)
+        self.check_has_values(weight)
         values, window = weight.detach().reshape(self._window.shape), self._window
         with self.writing():
             for place, experts in self._storage.chunks(window.experts):
                 parts = mxfp4.quantize(values[place], scale_rule=scale_rule)
                 self._storage.write(window._replace(experts=experts), *parts)
         return self
+
+    def check_has_values(self, source: Tensor) -> None:
+        """Raise ValueError for a source on the meta device: found out while writing, it would leave the bytes
+        unusable."""
+        if source.is_meta and not self.is_meta:
+            raise ValueError("there are no values to take from a tensor on the meta device")
 
     def writing(self) -> AbstractContextManager[None]:
         """Around everything that writes: an exception inside leaves the bytes unusable."""
