@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from shuffled_tensor import mxfp4
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.geometry import Window
+from shuffled_tensor.geometry import PER_BYTE, Window, slice_of
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.views import PackedView
@@ -274,10 +274,12 @@ class ShuffledMXFP4Tensor(Wrapper):
         if not self.gate_up:
             return self[..., start:stop].clone()  # type: ignore[return-value]
         qdata, scale = (
-            part.unflatten(1, (2, size))[:, :, start:stop].flatten(1, 2) for part in self._storage.read(self._window)
+            data.flatten(1, 2)[..., slice_of(self._window.columns, per_byte)].contiguous()
+            for data, per_byte in zip(
+                self._storage.halves(self._window.experts, range(start, stop)), PER_BYTE.values(), strict=True
+            )
         )
-        target = self._storage.target
-        own = PackedStorage.pack(qdata.contiguous(), scale.contiguous(), gate_up=True, interleaved=False, target=target)
+        own = PackedStorage.pack(qdata, scale, gate_up=True, interleaved=False, target=self._storage.target)
         own.relayout_(self._storage.kind)
         return self._like(own)
 

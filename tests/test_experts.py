@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, storage
+from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, storage, unshuffle_weight
 
 from .helpers import dense, dense_moe, moderate_scales, relative_error
 from .test_views import LAYOUTS, addresses, assert_holds, in_memory, marked, marked_parts, weight_of
@@ -347,3 +347,23 @@ def test_shards_that_are_refused(gate_up: bool, arguments: dict[str, Any], messa
 def test_one_expert_has_no_shards_of_experts() -> None:
     with pytest.raises((ValueError, NotImplementedError)):
         weight_of(marked_parts(2, 128, 64))[0].shard(0, 2, dim="expert")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_only_the_tiles_that_hold_some_rows_are_unshuffled(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of(marked_parts(2, 1024, 512), layout)
+    unshuffled: list[int] = []
+
+    def spy(data: Tensor, *args: Any, **options: Any) -> Tensor:
+        unshuffled.append(data.shape[1])
+        return unshuffle_weight(data, *args, **options)
+
+    monkeypatch.setattr(storage, "unshuffle_weight", spy)
+    for read, rows in (
+        (lambda: weight.shard(1, 2), 256),
+        (lambda: weight[:, 40:70].dequantize(), 64),
+        (lambda: weight[:, -1:].dequantize(), 32),
+    ):
+        read()
+        assert max(unshuffled) == 2 * rows  # of gate and up
+        unshuffled.clear()
