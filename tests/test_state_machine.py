@@ -535,20 +535,24 @@ class Life(RuleBasedStateMachine):
 
     # --- past the tensor
 
-    def write_raw(self, store: Store, data: st.DataObject, kind: str = "none") -> None:
-        """New bytes by address, all of them; of row-major ones, the pads are scribbled on."""
+    def write_raw(self, store: Store, kind: str = "none") -> None:
+        """New bytes by address, all of them."""
         parts = self.fresh(tuple(store.whole.shape))
         store.qdata.copy_(parts[0])
         store.scale.copy_(parts[1])
         memory = in_memory(parts, kind, gate_up=store.gate_up)
-        if kind == "none" and data.draw(st.booleans()):
-            halves, rows = 2 if store.gate_up else 1, store.qdata.shape[1]
-            for part, own in zip(memory, (store.qdata, store.scale), strict=True):
-                split = part.unflatten(1, (halves, -1))
-                split[:, :, rows // halves :] = 0xFF
-                split[..., own.shape[2] :] = 0xFF
         poke(store.whole.qdata, memory[0])
         poke(store.whole.scale, memory[1])
+        if kind == "none":
+            self.scribble_on_pads(store)
+
+    def scribble_on_pads(self, store: Store) -> None:
+        """As a writer of row-major bytes may: they are rewritten when it says that it is done."""
+        halves, rows = 2 if store.gate_up else 1, store.qdata.shape[1]
+        for part, own in ((store.whole.qdata, store.qdata), (store.whole.scale, store.scale)):
+            split = part.unflatten(1, (halves, -1))
+            split[:, :, rows // halves :] = 0xFF
+            split[..., own.shape[2] :] = 0xFF
 
     def refit_is_refused(self, store: Store) -> bool:
         return store.shared and store.kind != "none" and store.interrupted is None
@@ -563,8 +567,9 @@ class Life(RuleBasedStateMachine):
                 pass
             return
         with refit(module):
+            self.scribble_on_pads(store)
             if way == "all":
-                self.write_raw(store, data)
+                self.write_raw(store)
             elif way == "a row":
                 expert, row = data.draw(st.integers(0, len(store.qdata) - 1)), 0
                 new, _ = self.fresh((1, 1, store.qdata.shape[2] * 2))
@@ -596,10 +601,10 @@ class Life(RuleBasedStateMachine):
         store = data.draw(st.sampled_from([alias.store for alias in self.aliases if alias.store.interrupted]))
         if way == "refit":
             with refit(module_with(store.whole)):
-                self.write_raw(store, data)
+                self.write_raw(store)
         elif way in ("canonical", "shuffled"):
             kind = "none" if way == "canonical" else data.draw(st.sampled_from(LAYOUTS[1:]))
-            self.write_raw(store, data, kind)
+            self.write_raw(store, kind)
             if way == "canonical":
                 store.whole.mark_canonical_()
             else:
@@ -622,7 +627,7 @@ class Life(RuleBasedStateMachine):
         """Somebody writes all bytes in some layout, and says which."""
         alias = self.pick(data)
         store = alias.store
-        self.write_raw(store, data, kind)
+        self.write_raw(store, kind)
         if kind == "none":
             alias.weight.mark_canonical_()
         else:
