@@ -81,6 +81,9 @@ class PackedView(Tensor):
         if func in _READS:
             plain = [arg.plain() if isinstance(arg, PackedView) else arg for arg in args]
             return func(*plain, **(kwargs or {}))
+        out = func.decompose(*args, **(kwargs or {}))  # in inference mode torch does not do it itself
+        if out is not NotImplemented:
+            return out
         raise NotImplementedError(
             f"{func} is not defined on a view of {args[0]._part if isinstance(args[0], PackedView) else 'codes'}; "
             "select, narrow or slice it, copy_ into it, or clone() it for plain bytes"

@@ -135,6 +135,11 @@ class Wrapper(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if self._storage.pinned is not None:
+            raise RuntimeError(
+                "the bytes were handed out by as_kernel_operands(), whose holder would not see others; write values "
+                "with copy_"
+            )
         if isinstance(value, type(self)) and (value.shape, value.dtype, value.device) == (
             self.shape,
             self.dtype,
@@ -209,6 +214,10 @@ class Wrapper(Tensor):
     ) -> Any:
         handler = OPERATIONS.get(func) or OPERATIONS.get(func.name())
         if handler is None:
+            # in inference mode torch does not take composite operators (narrow, chunk, to) apart itself
+            out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
             raise NotImplementedError(
                 f"{func} is not defined on ShuffledMXFP4Tensor, whose bytes are packed codes in an order of their own; "
                 f"call .dequantize() for a plain tensor of its values"

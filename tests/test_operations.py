@@ -17,7 +17,7 @@ from shuffled_tensor import ShuffledMXFP4Tensor, operations
 from shuffled_tensor.wrapper import GROUPS, OPERATIONS
 
 from .helpers import MAGNITUDES, dense
-from .test_views import LAYOUTS, assert_holds, marked, marked_parts, weight_of
+from .test_views import assert_holds, marked, marked_parts, weight_of
 
 SHAPE = (3, 96, 160)
 INDEX = torch.tensor([2, 0])
@@ -121,11 +121,13 @@ READ: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("expression", READ.values(), ids=READ)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["none", "mxfp4_moe", "mxfp4_moe, in inference mode"])
 def test_read(expression: Callable[[Tensor], Any], layout: str) -> None:
+    layout, *mode = layout.split(", ")
     parts = marked_parts(*SHAPE)
     weight = weight_of(parts, layout)
-    found, expected = expression(weight), expression(dense(*parts).float())
+    with torch.inference_mode(bool(mode)):
+        found, expected = expression(weight), expression(dense(*parts).float())
     if isinstance(expected, Tensor):
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         found = found.dequantize() if isinstance(found, ShuffledMXFP4Tensor) else found
@@ -169,12 +171,13 @@ WRITTEN: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["none", "mxfp4_moe", "mxfp4_separated, in inference mode"])
 def test_written(write: Callable[[Tensor], Any], layout: str) -> None:
+    layout, *mode = layout.split(", ")
     parts = marked_parts(*SHAPE)
     weight, plain = weight_of(parts, layout), dense(*parts).float()
     alias = weight.detach()
-    with torch.no_grad():
+    with torch.no_grad(), torch.inference_mode(bool(mode)):
         write(weight)
         write(plain)
     assert torch.equal(alias.dequantize(), plain)
@@ -186,6 +189,24 @@ def test_a_mask_of_bytes_is_a_mask() -> None:
     for tensor in (weight, plain):
         tensor[torch.tensor([0, 1], dtype=torch.uint8)] = NEW[:1]
     assert torch.equal(weight.dequantize(), plain)
+
+
+def test_inference_mode_does_not_matter() -> None:
+    """Neither to a loader nor to a weight that was made in it and is written outside."""
+    parts, new = marked_parts(*SHAPE), marked_parts(*SHAPE, salt=1)
+    with torch.inference_mode():
+        made_inside = weight_of(parts, "mxfp4_moe")
+    for weight in (weight_of(parts, "mxfp4_moe"), made_inside):
+        with torch.inference_mode():
+            for part, view in zip(new, (weight.qdata_view, weight.scale_view), strict=True):
+                for expert in range(3):
+                    for start in (0, 48):
+                        view[expert].narrow(0, start, 48).copy_(part[expert].narrow(0, start, 48))
+        assert_holds(weight, new, "mxfp4_moe")
+        weight.refit_from_hp_(NEW)
+        assert torch.equal(weight.dequantize(), NEW)
+        weight.permute_experts_([1, 2, 0])
+        assert torch.equal(weight.dequantize(), NEW[[1, 2, 0]])
 
 
 def test_requires_grad_is_false_whatever_is_assigned() -> None:

@@ -520,7 +520,11 @@ class Life(RuleBasedStateMachine):
         alias = self.pick(data)
         source = self.pick(data, lambda other: other.qdata.shape == alias.qdata.shape and other.dtype is alias.dtype)
         if source.qdata.shape != alias.qdata.shape or source.dtype is not alias.dtype:
-            with pytest.raises(TypeError, match=r"\.data takes"):
+            with pytest.raises((TypeError, RuntimeError), match=r"\.data takes|handed out"):
+                alias.weight.data = source.weight
+            return
+        if alias.store.pinned:
+            with pytest.raises(RuntimeError, match="handed out by as_kernel_operands"):
                 alias.weight.data = source.weight
             return
         alias.weight.data = source.weight
@@ -720,4 +724,4 @@ def test_a_weights_life() -> None:
             phases=list(Phase) if FUZZ else [Phase.generate],
         ),
     )
-    assert Life.seen - seen - lives >= AT_LEAST
+    assert Life.seen - seen - lives >= (0 if FUZZ else AT_LEAST)
