@@ -279,8 +279,8 @@ def index_put_(
             raise IndexError(f"a mask over {len(self)} experts must have as many elements, found {len(picked)}")
         picked = picked.nonzero().flatten()
     shape = len(picked), *self.shape[1:]
-    if isinstance(values, ShuffledMXFP4Tensor) and values.dim() == 2:
-        values = torch.stack([values] * len(picked))
+    if isinstance(values, ShuffledMXFP4Tensor) and values.shape != shape:  # one expert, whose bytes go to all
+        values = values.view(1, *values.shape[-2:])[torch.zeros_like(picked)]
     return index_copy_(self, 0, picked, values if values.shape == shape else values.expand(shape))
 
 

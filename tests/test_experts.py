@@ -141,6 +141,17 @@ def test_written_over_others_in_a_narrow_dtype() -> None:
         assert_holds(weight[torch.tensor([2, 0])], (qdata, scale), "mxfp4_moe")
 
 
+def test_one_expert_over_several_and_over_none() -> None:
+    qdata, scale = marked_parts(2, 96, 160, salt=1)
+    source = weight_of((qdata, scale), dtype=torch.float16)
+    for values in (source[1], source[1:]):
+        weight = weight_of(marked_parts(3, 96, 160), "mxfp4_moe", dtype=torch.float16)
+        for index in (torch.tensor([], dtype=torch.int64), torch.tensor([2, 0])):
+            weight.index_put_((index,), values)
+        assert_holds(weight[[2, 0]], (qdata[[1, 1]], scale[[1, 1]]), "mxfp4_moe")
+        assert_holds(weight[1:2], tuple(part[1:2] for part in marked_parts(3, 96, 160)), "mxfp4_moe")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_swapped_and_moved_along(layout: str) -> None:
     """As rebalancing does it; a source that is being overwritten is read first, or refused as torch refuses it."""

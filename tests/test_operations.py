@@ -45,6 +45,13 @@ def test_every_row_is_on_the_page_once() -> None:
 
 # --- right: the same expression of our tensor and of a plain one of its values
 
+
+def copied_as_a_list(weight: Tensor) -> Tensor:
+    plain = torch.empty(SHAPE)
+    torch._foreach_copy_([plain], [weight])
+    return plain
+
+
 READ: dict[str, Callable[[Tensor], Any]] = {
     "numel": lambda w: (w.numel(), w.nelement(), w.ndim, w.dim(), len(w)),
     "sizes": lambda w: (w.size(), w.size(-1), w.shape, w.stride(), w.is_contiguous(), w.storage_offset()),
@@ -117,7 +124,7 @@ READ: dict[str, Callable[[Tensor], Any]] = {
     "allclose": lambda w: torch.allclose(w, w),
     "swapped types": lambda w: torch._has_compatible_shallow_copy_type(w, w.clone()),
     "into a plain tensor": lambda w: torch.empty(SHAPE).copy_(w),
-    "a list of them": lambda w: torch._foreach_copy_([torch.empty(SHAPE)], [w])[0],
+    "a list of them": lambda w: copied_as_a_list(w),
     "type_as": lambda w: torch.ones(2).type_as(w),
 }  # fmt: skip
 
