@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test fuzz check clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
 test: check
 	$(BIN)/python -m pytest
+
+fuzz: .venv/installed
+	FUZZ=$${FUZZ:-2000} $(BIN)/python -m pytest tests/test_state_machine.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What each aten operation does to a :class:`ShuffledMXFP4Tensor`: the rows of
-:data:`shuffled_tensor.wrapper.OPERATIONS`. A handler's docstring is its line in OPERATIONS.md.
+:data:`shuffled_tensor.wrapper.OPERATIONS`. A handler's docstring is its line in docs/OPERATIONS.md.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from shuffled_tensor import mxfp4
 from shuffled_tensor.checks import check_logical_dtype
 from shuffled_tensor.storage import PackedStorage, locked
 from shuffled_tensor.tensor import ShuffledMXFP4Tensor
-from shuffled_tensor.wrapper import OPERATIONS, implements
+from shuffled_tensor.wrapper import implements
 
 aten = torch.ops.aten
+
+same_bytes = partial(implements, group="The same bytes, seen again")
+copies = partial(implements, group="A copy, in the same layout")
+writes = partial(implements, group="New values, written in whatever layout the tensor has")
+reads = partial(implements, group="Read as plain values, dequantised for the call")
+beside = partial(implements, group="Plain tensors beside it, and facts about it")
+refused = partial(implements, group="Refused")
 
 _AXES = ("experts", "rows", "columns")
 
@@ -27,7 +34,7 @@ _AXES = ("experts", "rows", "columns")
 # --- the same bytes, seen again
 
 
-@implements(aten.detach.default, aten.alias.default)
+@same_bytes(aten.detach.default, aten.alias.default)
 def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     """Another tensor over the same bytes."""
     out = self._view()
@@ -35,7 +42,7 @@ def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     return out
 
 
-@implements(aten.select.int)
+@same_bytes(aten.select.int)
 def select(self: ShuffledMXFP4Tensor, dim: int, index: int) -> ShuffledMXFP4Tensor:
     """A view of one expert; of one row or column it is refused."""
     if _axis(self, dim) != "experts":
@@ -50,19 +57,41 @@ def select(self: ShuffledMXFP4Tensor, dim: int, index: int) -> ShuffledMXFP4Tens
     return self._view(rank=2, experts=range(expert, expert + 1))
 
 
-@implements(aten.view.default)
-def view(self: ShuffledMXFP4Tensor, size: list[int]) -> ShuffledMXFP4Tensor:
-    """``[1, N, K]`` seen as ``[N, K]`` or back; any other shape would part values that share a scale."""
+def _reshaped(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args: Any) -> ShuffledMXFP4Tensor:
+    """``[1, N, K]`` seen as ``[N, K]`` or back, or as it is; any other shape would part values that share a scale."""
+    size = list(operator(torch.empty(self.shape, device="meta"), *args).shape)
     one = list(self.shape[-2:])
-    if list(size) != list(self.shape) and not (len(self._window.experts) == 1 and list(size) in (one, [1, *one])):
+    if size != list(self.shape) and not (len(self._window.experts) == 1 and size in (one, [1, *one])):
         raise NotImplementedError(
-            f"a ShuffledMXFP4Tensor of shape {list(self.shape)} cannot be viewed as {list(size)}: its shape is "
+            f"a ShuffledMXFP4Tensor of shape {list(self.shape)} cannot be viewed as {size}: its shape is "
             "[experts, N, K]; call .dequantize()"
         )
     return self._view(rank=len(size))
 
 
-@implements(aten.slice.Tensor)
+for _operator in (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+):
+    same_bytes(_operator)(partial(_reshaped, _operator))
+
+
+@same_bytes(aten.as_strided.default)
+def as_strided(
+    self: ShuffledMXFP4Tensor, size: list[int], stride: list[int], storage_offset: int | None = None
+) -> ShuffledMXFP4Tensor:
+    """The tensor as it is, which FSDP2 asks for; other sizes or strides are refused."""
+    if (tuple(size), tuple(stride), storage_offset or 0) != (self.shape, self.stride(), 0):
+        _refuse("takes other sizes or strides than those", "slice it", aten.as_strided.default)
+    return self._view()
+
+
+@same_bytes(aten.slice.Tensor)
 def slice_(
     self: ShuffledMXFP4Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> ShuffledMXFP4Tensor:
@@ -79,13 +108,13 @@ def slice_(
     return self._view(**{axis: part})
 
 
-@implements(aten.split.Tensor)
+@same_bytes(aten.split.Tensor)
 def split(self: ShuffledMXFP4Tensor, split_size: int, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views, as slicing gives them."""
     return [slice_(self, dim, start, start + split_size) for start in range(0, self.shape[dim], split_size)]
 
 
-@implements(aten.split_with_sizes.default)
+@same_bytes(aten.split_with_sizes.default)
 def split_with_sizes(self: ShuffledMXFP4Tensor, split_sizes: list[int], dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views, as slicing gives them."""
     if sum(split_sizes) != self.shape[dim]:
@@ -94,7 +123,7 @@ def split_with_sizes(self: ShuffledMXFP4Tensor, split_sizes: list[int], dim: int
     return [slice_(self, dim, end - size, end) for size, end in zip(split_sizes, ends, strict=True)]
 
 
-@implements(aten.unbind.int)
+@same_bytes(aten.unbind.int)
 def unbind(self: ShuffledMXFP4Tensor, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views of the experts, one by one."""
     return [select(self, dim, index) for index in range(self.shape[dim])]
@@ -103,13 +132,13 @@ def unbind(self: ShuffledMXFP4Tensor, dim: int = 0) -> list[ShuffledMXFP4Tensor]
 # --- the same values, in bytes of their own; the layout is kept
 
 
-@implements(aten.clone.default)
+@copies(aten.clone.default)
 def clone(self: ShuffledMXFP4Tensor, *, memory_format: torch.memory_format | None = None) -> ShuffledMXFP4Tensor:
     """A copy in the same layout."""
     return _map_bytes(self, partial(Tensor.clone, memory_format=torch.contiguous_format))
 
 
-@implements(aten._to_copy.default)
+@copies(aten._to_copy.default)
 def to_copy(
     self: ShuffledMXFP4Tensor,
     *,
@@ -128,21 +157,21 @@ def to_copy(
     return out
 
 
-@implements(aten.index.Tensor)
+@copies(aten.index.Tensor)
 def index(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> ShuffledMXFP4Tensor:
     """A copy of the experts that one vector picks."""
     picked = _expert_vector(self, indices)
     return _map_bytes(self, lambda data: data[picked])
 
 
-@implements(aten.index_select.default)
+@copies(aten.index_select.default)
 def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> ShuffledMXFP4Tensor:
     """A copy of the experts that a vector picks."""
     _check_experts(self, dim, "index_select")
     return _map_bytes(self, lambda data: data.index_select(0, index))
 
 
-@implements(aten.cat.default)
+@copies(aten.cat.default)
 def cat(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
     """Experts of several tensors behind each other, in the layout of the first; formats and shapes are checked."""
     first = _first_of(tensors)
@@ -150,7 +179,7 @@ def cat(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
     return _joined(first, tensors)
 
 
-@implements(aten.stack.default)
+@copies(aten.stack.default)
 def stack(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
     """Single experts to one tensor, in the layout of the first; formats and shapes are checked."""
     first = _first_of(tensors)
@@ -162,7 +191,7 @@ def stack(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
     return joined._view(rank=3)
 
 
-@implements(aten.empty_like.default, aten.zeros_like.default)
+@copies(aten.empty_like.default, aten.zeros_like.default)
 def zeros_like(
     self: ShuffledMXFP4Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **ignored: Any
 ) -> ShuffledMXFP4Tensor:
@@ -173,10 +202,16 @@ def zeros_like(
     return out
 
 
+@copies(aten._pin_memory.default, aten.pin_memory.default)
+def pin_memory(self: ShuffledMXFP4Tensor, device: torch.device | None = None) -> ShuffledMXFP4Tensor:
+    """A copy in page-locked memory, in the same layout."""
+    return _map_bytes(self, Tensor.pin_memory)
+
+
 # --- new values
 
 
-@implements(aten.copy_.default)
+@writes(aten.copy_.default)
 def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Copies values; the destination keeps layout, address and pads. Floating point is quantised (rule ``even``)."""
     if not isinstance(self, ShuffledMXFP4Tensor):
@@ -184,6 +219,7 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         return self.copy_(source.dequantize())
     if source.shape != self.shape:
         raise ValueError(f"copy_ takes values of shape {list(self.shape)}, found shape {list(source.shape)}")
+    _check_source(self, source)
     storage, window = self._storage, self._window
     if isinstance(source, ShuffledMXFP4Tensor):
         if source._storage is storage:
@@ -199,19 +235,19 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
                 for place, experts in storage.chunks(window.experts):
                     part = source._window._replace(experts=source._window.experts[place])
                     storage.write(window._replace(experts=experts), *source._storage.read(part))
-    elif source.is_floating_point() and source.element_size() > 1:
-        self.refit_from_hp_(source)
     else:
-        raise TypeError(
-            f"copy_ takes a ShuffledMXFP4Tensor or floating-point values, found {source.dtype}; packed bytes are "
-            "written "
-            "through .qdata_view and .scale_view, or become a ShuffledMXFP4Tensor(qdata, scale, "
-            f"gate_up={self.gate_up})"
-        )
+        self.refit_from_hp_(source)
     return self
 
 
-@implements(aten.index_copy_.default)
+@writes(aten._foreach_copy_.default)
+def foreach_copy_(tensors: list[Tensor], sources: list[Tensor], non_blocking: bool = False) -> None:
+    """``copy_``, one after the other."""
+    for tensor, source in zip(tensors, sources, strict=True):
+        tensor.copy_(source, non_blocking)
+
+
+@writes(aten.index_copy_.default)
 def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
     """Experts written over others, weight and scale together, in any layout."""
     _check_experts(self, dim, "index_copy_")
@@ -221,6 +257,7 @@ def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tens
             f"index_copy_ takes different experts and values of shape {[len(chosen), *self.shape[1:]]} for them, found "
             f"experts {chosen} and shape {list(source.shape)}"
         )
+    _check_source(self, source)
     if isinstance(source, ShuffledMXFP4Tensor) and source._storage is self._storage:
         source = source.clone()  # they may overlap
     with self._storage.writing():
@@ -229,7 +266,7 @@ def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tens
     return self
 
 
-@implements(aten.index_put_.default)
+@writes(aten.index_put_.default)
 def index_put_(
     self: ShuffledMXFP4Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> ShuffledMXFP4Tensor:
@@ -237,17 +274,24 @@ def index_put_(
     picked = _expert_vector(self, indices)
     if accumulate:
         raise NotImplementedError("MXFP4 codes are not accumulated into; .dequantize(), add, and copy_ back")
-    if picked.dtype is torch.bool:
+    if picked.dtype in (torch.bool, torch.uint8):  # torch takes either for a mask
         if len(picked) != len(self):
             raise IndexError(f"a mask over {len(self)} experts must have as many elements, found {len(picked)}")
         picked = picked.nonzero().flatten()
     shape = len(picked), *self.shape[1:]
-    if isinstance(values, ShuffledMXFP4Tensor) and values.dim() == 2:
-        values = torch.stack([values] * len(picked))
+    if isinstance(values, ShuffledMXFP4Tensor) and values.shape != shape:  # one expert, whose bytes go to all
+        values = values.view(1, *values.shape[-2:])[torch.zeros_like(picked)]
     return index_copy_(self, 0, picked, values if values.shape == shape else values.expand(shape))
 
 
-@implements(aten.zero_.default)
+@writes(aten.fill_.Scalar, aten.fill_.Tensor)
+def fill_(self: ShuffledMXFP4Tensor, value: float | Tensor) -> ShuffledMXFP4Tensor:
+    """One value everywhere, quantised."""
+    scalar = torch.empty((), dtype=self.dtype, device=self.device).fill_(value)
+    return copy_(self, scalar.expand(self.shape))  # type: ignore[return-value]
+
+
+@writes(aten.zero_.default)
 def zero_(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     """Zero codes and scales of 1, in any layout."""
     _, rows, columns = self._window.shape
@@ -290,7 +334,7 @@ for _operator in (
     aten.mT.default,
     aten.expand.default,
 ):
-    OPERATIONS[_operator] = partial(_on_values, _operator)
+    reads(_operator)(partial(_on_values, _operator))
 
 
 # --- plain tensors made beside ours, and facts about it
@@ -302,25 +346,32 @@ def _plain(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args: An
     return operator(like, *args, **kwargs)
 
 
-for _operator in (aten.new_zeros.default, aten.new_empty.default, aten.new_full.default, aten.new_ones.default):
-    OPERATIONS[_operator] = partial(_plain, _operator)
+for _operator in (
+    aten.new_zeros.default,
+    aten.new_empty.default,
+    aten.new_full.default,
+    aten.new_ones.default,
+    aten.new_empty_strided.default,
+):
+    beside(_operator)(partial(_plain, _operator))
 
 
-@implements(aten.is_pinned.default)
+@beside(aten.is_pinned.default)
 def is_pinned(self: ShuffledMXFP4Tensor, device: torch.device | None = None) -> bool:
     """Whether the packed bytes are in page-locked memory."""
     return all(data.is_pinned() for data in _bytes_of(self))
 
 
-@implements(aten._pin_memory.default, aten.pin_memory.default)
-def pin_memory(self: ShuffledMXFP4Tensor, device: torch.device | None = None) -> ShuffledMXFP4Tensor:
-    """A copy in page-locked memory, in the same layout."""
-    return _map_bytes(self, Tensor.pin_memory)
+@beside(aten.record_stream.default)
+def record_stream(self: ShuffledMXFP4Tensor, stream: torch.Stream) -> None:
+    """Of the packed bytes: their memory is not given away before the stream has done with it."""
+    self._storage.qdata.record_stream(stream)
+    self._storage.scale.record_stream(stream)
 
 
 # --- refused, with what to do instead
 
-REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload, ...], str]] = {
+REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload | str, ...], str]] = {
     "changes size or memory under the layout": (
         (
             aten.set_.source_Tensor,
@@ -328,13 +379,15 @@ REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload, ...], str]] = {
             aten.set_.source_Storage_storage_offset,
             aten.set_.default,
             aten.resize_.default,
-            aten.as_strided.default,
+            aten.resize_as_.default,
+            aten.as_strided_.default,
+            aten.t_.default,
+            aten.transpose_.default,
+            aten.unsqueeze_.default,
+            aten.squeeze_.default,
+            aten.view.dtype,
         ),
         "make a new tensor, or write values with copy_",
-    ),
-    "reorders values that share a scale": (
-        (aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim),
-        "its shape is [experts, N, K]; call .dequantize() for another",
     ),
     "computes in place": (
         (
@@ -342,9 +395,17 @@ REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload, ...], str]] = {
             aten.sub_.Tensor,
             aten.mul_.Tensor,
             aten.div_.Tensor,
-            aten.fill_.Scalar,
+            aten.lerp_.Scalar,
+            aten.clamp_.default,
+            aten.nan_to_num_.default,
+            aten.masked_fill_.Scalar,
+            aten.index_fill_.int_Scalar,
+            aten.index_add_.default,
+            aten.scatter_.src,
+            aten.scatter_.value,
             aten.normal_.default,
             aten.uniform_.default,
+            aten.random_.default,
         ),
         "compute on .dequantize(), and copy_ the result back, which quantises it",
     ),
@@ -354,30 +415,90 @@ REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload, ...], str]] = {
             aten.sub.Tensor,
             aten.mul.Tensor,
             aten.div.Tensor,
+            aten.neg.default,
+            aten.abs.default,
             aten.eq.Tensor,
             aten.ne.Tensor,
+            aten.isnan.default,
+            aten.isinf.default,
+            aten.nan_to_num.default,
+            aten.clamp.default,
+            aten.where.self,
+            aten.masked_fill.Scalar,
             aten.sum.default,
             aten.mean.default,
-            aten.abs.default,
+            aten.max.default,
+            aten.min.default,
+            aten.any.default,
+            aten.all.default,
+            aten.linalg_vector_norm.default,
+            aten._foreach_norm.Scalar,
             aten._local_scalar_dense.default,
         ),
         "call .dequantize() for a plain tensor; torch.equal and torch.allclose compare values",
     ),
+    "arranges values anew": (
+        (
+            aten.repeat.default,
+            aten.flip.default,
+            aten.roll.default,
+            aten.gather.default,
+            aten.scatter.src,
+            aten.scatter.value,
+            aten.constant_pad_nd.default,
+            aten.unfold.default,
+            aten.ones_like.default,
+            aten.full_like.default,
+            aten.rand_like.default,
+            aten.randn_like.default,
+            aten._to_sparse.default,
+        ),
+        "pick experts with an index, or call .dequantize()",
+    ),
+    "multiplies experts by groups of tokens": (
+        (aten._grouped_mm.default,),
+        "call shuffled_tensor.fused_moe",
+    ),
+    "sends or receives values": (
+        (
+            "c10d::broadcast_",
+            "c10d::allreduce_",
+            "c10d::allgather_",
+            "c10d::_allgather_base_",
+            "c10d::scatter_",
+            "c10d::send",
+            "c10d::recv_",
+        ),
+        "send .qdata and .scale, to a rank that holds the same layout",
+    ),
 }
 
 
-def _refuse(why: str, remedy: str, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> NoReturn:
+def _refuse(why: str, remedy: str, operator: torch._ops.OpOverload | str, *args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(
         f"{operator} {why} of a ShuffledMXFP4Tensor, whose bytes are packed MXFP4: {remedy}; .dequantize() is plain"
     )
 
 
 for _why, (_operators, _remedy) in REFUSED.items():
-    for _operator in _operators:
-        OPERATIONS[_operator] = partial(_refuse, _why, _remedy, _operator)
+    for _key in _operators:
+        refused(_key)(partial(_refuse, _why, _remedy, _key))
 
 
 # --- helpers
+
+
+def _check_source(self: ShuffledMXFP4Tensor, source: Tensor) -> None:
+    """Raise for values that cannot be written, before anything is: an exception on the way leaves a weight unusable."""
+    if isinstance(source, ShuffledMXFP4Tensor):
+        source._storage.check_readable()
+    elif not source.is_floating_point() or source.element_size() == 1:
+        raise TypeError(
+            f"copy_ takes a ShuffledMXFP4Tensor or floating-point values, found {source.dtype}; packed bytes are "
+            "written through .qdata_view and .scale_view, or become a ShuffledMXFP4Tensor(qdata, scale, "
+            f"gate_up={self.gate_up})"
+        )
+    self.check_has_values(source)
 
 
 def _bytes_of(self: ShuffledMXFP4Tensor) -> tuple[Tensor, Tensor]:

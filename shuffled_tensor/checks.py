@@ -8,10 +8,10 @@ from torch import Tensor
 
 from shuffled_tensor import mxfp4
 
-__all__ = ["check_logical_dtype", "check_parts", "check_row_order"]
+__all__ = ["CODE_DTYPES", "SCALE_DTYPES", "check_logical_dtype", "check_parts", "check_row_order"]
 
-_CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
+CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 _LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROW_ORDERS = ("contiguous", "interleaved")
 
@@ -21,10 +21,10 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
         (
             "qdata",
             qdata,
-            _CODE_DTYPES,
+            CODE_DTYPES,
             "; quantise float weights with ShuffledMXFP4Tensor.from_hp" if qdata.is_floating_point() else "",
         ),
-        ("scale", scale, _SCALE_DTYPES, "; e8m0 scales are exponent bytes, not factors"),
+        ("scale", scale, SCALE_DTYPES, "; e8m0 scales are exponent bytes, not factors"),
     ):
         if data.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, found {data.dtype}{remedy}")

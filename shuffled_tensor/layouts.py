@@ -150,6 +150,15 @@ def _apply(
     return out
 
 
+def rows_as_they_lie(data: Tensor, kind: ShuffleKind, *, gate_up: bool, rows: range) -> Tensor:
+    """Codes or scales of some rows (from a multiple of 32 to another) of each half, laid out as ``data`` is: whole
+    tiles, which no other row has a byte in."""
+    interleaved = LAYOUTS.get((kind, gate_up)) is _INTERLEAVED  # its tiles hold rows of both halves
+    blocks, each = (2, 1) if gate_up and not interleaved else (1, 2 if interleaved else 1)
+    parted: Tensor = data.unflatten(1, (blocks, -1))
+    return parted[:, :, rows.start * each : rows.stop * each].flatten(1, 2)
+
+
 def expert_chunks(experts: int, bytes_per_expert: int, limit: int = MAX_SCRATCH) -> Iterator[slice]:
     """Slices over the expert dimension that each hold one expert, or as many as fit the limit."""
     step = max(1, limit // max(1, bytes_per_expert))

@@ -21,6 +21,8 @@ from shuffled_tensor.layouts import (
     LAYOUTS,
     ShuffleKind,
     expert_chunks,
+    round_up,
+    rows_as_they_lie,
     shuffle_scale,
     shuffle_weight,
     unshuffle_scale,
@@ -29,6 +31,7 @@ from shuffled_tensor.layouts import (
 
 __all__ = ["PackedStorage"]
 
+_TILE_ROWS = 32
 
 _REFIT_OPEN = "it is being written in a refit"
 
@@ -230,7 +233,8 @@ class PackedStorage:
     def writing(self, whole: bool = False) -> Iterator[None]:
         """Hold the bytes for a write; ``whole`` says that it leaves nothing as it was, so that what was wrong before is
         over. An exception inside leaves them unusable."""
-        with self._lock:
+        # bytes made in inference mode are written in it, wherever the writer is
+        with self._lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
             before, self.trouble = self.trouble, self.trouble or "writing to it was interrupted"
             yield
             self.trouble = before
@@ -280,12 +284,27 @@ class PackedStorage:
     def canonical(self, experts: range) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, N, K/2]`` and scales ``[len, N, K/32]`` of some experts, in memory of their
         own."""
-        gate_up = self.geometry.gate_up
+        qdata, scale = self.halves(experts, range(self.geometry.rows // self.geometry.halves))
+        return qdata.flatten(1, 2), scale.flatten(1, 2)
+
+    def halves(self, experts: range, rows: range) -> tuple[Tensor, Tensor]:
+        """The same rows of each half of some experts: row-major logical codes ``[len, halves, rows, K/2]`` and scales,
+        in memory of their own. Only the tiles that hold them are unshuffled."""
+        gate_up, halves = self.geometry.gate_up, self.geometry.halves
+        tiles = range(rows.start // _TILE_ROWS * _TILE_ROWS, round_up(rows.stop, _TILE_ROWS))
         with self.held():
-            qdata, scale = (data.contiguous() for data in self.select(experts))
+            qdata, scale = (
+                rows_as_they_lie(data, self.kind, gate_up=gate_up, rows=tiles).contiguous()
+                for data in self.select(experts)
+            )
             qdata = unshuffle_weight(qdata, self.kind, gate_up=gate_up)
             scale = unshuffle_scale(scale, self.kind, gate_up=gate_up)
-        return self.geometry.halves_of(qdata).flatten(1, 2), self.geometry.halves_of(scale).flatten(1, 2)
+        own = slice(rows.start - tiles.start, rows.stop - tiles.start)
+        qdata, scale = (
+            data.unflatten(1, (halves, len(tiles)))[:, :, own, : self.geometry.columns // per_byte]
+            for data, per_byte in zip((qdata, scale), PER_BYTE.values(), strict=True)
+        )
+        return qdata, scale
 
     def whole_rows(self, window: Window) -> bool:
         """Whether a window takes experts alone apart, not their rows and columns."""
@@ -297,8 +316,17 @@ class PackedStorage:
 
     def read(self, window: Window) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, rows, columns / 2]`` and scales ``[len, rows, columns / 32]`` of a window."""
-        parts = zip(self.canonical(window.experts), PER_BYTE.values(), strict=True)
-        qdata, scale = (data[:, slice_of(window.rows), slice_of(window.columns, per_byte)] for data, per_byte in parts)
+        each = self.geometry.rows // self.geometry.halves
+        half = min(window.rows.start // each, self.geometry.halves - 1)
+        first, last = window.rows.start - half * each, window.rows.stop - half * each
+        if last <= each:
+            parts = (data[:, half] for data in self.halves(window.experts, range(first, last)))
+        else:
+            parts = (data[:, slice_of(window.rows)] for data in self.canonical(window.experts))
+        qdata, scale = (
+            data[..., slice_of(window.columns, per_byte)]
+            for data, per_byte in zip(parts, PER_BYTE.values(), strict=True)
+        )
         return qdata, scale
 
     def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from shuffled_tensor import mxfp4
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.geometry import PER_BYTE, Window
+from shuffled_tensor.geometry import PER_BYTE, Window, slice_of
 from shuffled_tensor.layouts import ShuffleKind, expert_chunks
 from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.views import PackedView
@@ -214,18 +214,27 @@ class ShuffledMXFP4Tensor(Wrapper):
         """Quantise high-precision values of this shape over the present ones, in place and in the present layout.
 
         Raises:
-            TypeError: ``weight`` is not floating point.
-            ValueError: another shape, or an unknown rule.
+            TypeError: ``weight`` is not floating point, or packed already.
+            ValueError: another shape, no values (on the meta device), or an unknown rule.
         """
+        if isinstance(weight, ShuffledMXFP4Tensor):
+            raise TypeError("refit_from_hp_ quantises, and this weight is quantised already; copy_ takes it as it is")
         if weight.shape != self.shape:
             raise ValueError(f"refit_from_hp_ takes values of shape {list(self.shape)}, found {list(weight.shape)}")
         mxfp4.check_quantizable(weight, scale_rule)
+        self.check_has_values(weight)
         values, window = weight.detach().reshape(self._window.shape), self._window
         with self.writing():
             for place, experts in self._storage.chunks(window.experts):
                 parts = mxfp4.quantize(values[place], scale_rule=scale_rule)
                 self._storage.write(window._replace(experts=experts), *parts)
         return self
+
+    def check_has_values(self, source: Tensor) -> None:
+        """Raise ValueError for a source on the meta device: found out while writing, it would leave the bytes
+        unusable."""
+        if source.is_meta and not self.is_meta:
+            raise ValueError("there are no values to take from a tensor on the meta device")
 
     def writing(self) -> AbstractContextManager[None]:
         """Around everything that writes: an exception inside leaves the bytes unusable."""
@@ -272,10 +281,12 @@ class ShuffledMXFP4Tensor(Wrapper):
         if not self.gate_up:
             return self[..., start:stop].clone()  # type: ignore[return-value]
         qdata, scale = (
-            part.unflatten(1, (2, size))[:, :, start:stop].flatten(1, 2) for part in self._storage.read(self._window)
+            data.flatten(1, 2)[..., slice_of(self._window.columns, per_byte)].contiguous()
+            for data, per_byte in zip(
+                self._storage.halves(self._window.experts, range(start, stop)), PER_BYTE.values(), strict=True
+            )
         )
-        target = self._storage.target
-        own = PackedStorage.pack(qdata.contiguous(), scale.contiguous(), gate_up=True, interleaved=False, target=target)
+        own = PackedStorage.pack(qdata, scale, gate_up=True, interleaved=False, target=self._storage.target)
         own.relayout_(self._storage.kind)
         return self._like(own)
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from shuffled_tensor.checks import CODE_DTYPES, SCALE_DTYPES
 from shuffled_tensor.geometry import PER_BYTE, Window
 from shuffled_tensor.storage import PackedStorage
 
@@ -16,7 +17,7 @@ __all__ = ["PackedView"]
 
 aten = torch.ops.aten
 
-_BYTE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu)
+_DTYPES = {"qdata": CODE_DTYPES, "scale": SCALE_DTYPES}
 
 
 class PackedView(Tensor):
@@ -47,6 +48,17 @@ class PackedView(Tensor):
         data = dict(zip(("qdata", "scale"), self._storage.read(self._window), strict=True))[self._part]
         return (data[0] if self.dim() == 2 else data).contiguous()
 
+    @property
+    def data(self) -> PackedView:
+        """Another view of the same bytes; it is written into, and cannot be exchanged for a plain tensor."""
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise TypeError(
+            f"a view of {self._part} shows bytes of a weight, so .data takes no others: write them with copy_"
+        )
+
     def _no_memory(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"a view of {self._part} has no memory in row-major order; clone() it for plain bytes, or write inside "
@@ -69,6 +81,9 @@ class PackedView(Tensor):
         if func in _READS:
             plain = [arg.plain() if isinstance(arg, PackedView) else arg for arg in args]
             return func(*plain, **(kwargs or {}))
+        out = func.decompose(*args, **(kwargs or {}))  # in inference mode torch does not do it itself
+        if out is not NotImplemented:
+            return out
         raise NotImplementedError(
             f"{func} is not defined on a view of {args[0]._part if isinstance(args[0], PackedView) else 'codes'}; "
             "select, narrow or slice it, copy_ into it, or clone() it for plain bytes"
@@ -109,8 +124,8 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         source = source.plain()
     if not isinstance(self, PackedView):
         return self.copy_(source, non_blocking)
-    if source.dtype not in _BYTE_DTYPES:
-        raise TypeError(f"a view of {self._part} takes packed bytes of {_BYTE_DTYPES}, found {source.dtype}")
+    if source.dtype not in _DTYPES[self._part]:
+        raise TypeError(f"a view of {self._part} takes packed bytes of {_DTYPES[self._part]}, found {source.dtype}")
     if source.shape != self.shape:
         raise ValueError(f"a view of {self._part} takes bytes of shape {list(self.shape)}, found {list(source.shape)}")
     data = source.view(torch.uint8).reshape(self._window.shape[0], *self.shape[-2:])

@@ -18,7 +18,7 @@ from shuffled_tensor.storage import PackedStorage, is_real
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["OPERATIONS", "Wrapper", "implements"]
+__all__ = ["GROUPS", "OPERATIONS", "Wrapper", "implements"]
 
 OPERATIONS: dict[torch._ops.OpOverload | str, Callable[..., Any]] = {}
 """What each operator does to a :class:`ShuffledMXFP4Tensor`; one that is not a key raises NotImplementedError.
@@ -26,14 +26,21 @@ OPERATIONS: dict[torch._ops.OpOverload | str, Callable[..., Any]] = {}
 An operator that another library registers, perhaps later or never, is named: ``"aiter::fused_moe_"``.
 """
 
+GROUPS: dict[str, list[torch._ops.OpOverload | str]] = {}
+"""The keys of :data:`OPERATIONS` under the headings of docs/OPERATIONS.md."""
+
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
 
 
-def implements(*operators: torch._ops.OpOverload | str) -> Callable[[_Handler], _Handler]:
-    """Make a function the rows of :data:`OPERATIONS` for some operators; it is called with the operator's arguments."""
+def implements(*operators: torch._ops.OpOverload | str, group: str = "Layers") -> Callable[[_Handler], _Handler]:
+    """Make a function the rows of :data:`OPERATIONS` for some operators; it is called with the operator's arguments.
+
+    The first paragraph of its docstring says what it does to a tensor, under the heading ``group``.
+    """
 
     def register(handler: _Handler) -> _Handler:
         OPERATIONS.update(dict.fromkeys(operators, handler))
+        GROUPS.setdefault(group, []).extend(operators)
         return handler
 
     return register
@@ -128,6 +135,11 @@ class Wrapper(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if self._storage.pinned is not None:
+            raise RuntimeError(
+                "the bytes were handed out by as_kernel_operands(), whose holder would not see others; write values "
+                "with copy_"
+            )
         if isinstance(value, type(self)) and (value.shape, value.dtype, value.device) == (
             self.shape,
             self.dtype,
@@ -144,6 +156,15 @@ class Wrapper(Tensor):
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Does nothing: packed codes have no gradient, and ``nn.Parameter`` asks for one by default."""
         return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """False, whatever is assigned to it."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        pass
 
     def user_attributes(self) -> dict[str, Any]:
         """What others have set on this object (``weight_loader``, ``_is_param``)."""
@@ -193,6 +214,10 @@ class Wrapper(Tensor):
     ) -> Any:
         handler = OPERATIONS.get(func) or OPERATIONS.get(func.name())
         if handler is None:
+            # in inference mode torch does not take composite operators (narrow, chunk, to) apart itself
+            out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
             raise NotImplementedError(
                 f"{func} is not defined on ShuffledMXFP4Tensor, whose bytes are packed codes in an order of their own; "
                 f"call .dequantize() for a plain tensor of its values"

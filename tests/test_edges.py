@@ -62,7 +62,6 @@ REFUSED: dict[str, Callable[[ShuffledMXFP4Tensor], object]] = {
     "sub_": lambda w: w.sub_(w),
     "div_": lambda w: w.div_(2),
     "clamp_": lambda w: w.clamp_(-1, 1),
-    "fill_": lambda w: w.fill_(0),
     "normal_": lambda w: w.normal_(),
     "init": lambda w: nn.init.kaiming_uniform_(w),
     "lerp_": lambda w: w.lerp_(w, 0.5),

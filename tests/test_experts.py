@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, storage
+from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, storage, unshuffle_weight
 
 from .helpers import dense, dense_moe, moderate_scales, relative_error
 from .test_views import LAYOUTS, addresses, assert_holds, in_memory, marked, marked_parts, weight_of
@@ -139,6 +139,17 @@ def test_written_over_others_in_a_narrow_dtype() -> None:
         weight = weight_of(marked_parts(3, 96, 160), "mxfp4_moe", dtype=torch.float16)
         write(weight, weight_of((qdata, scale), "mxfp4_moe", dtype=torch.float16))
         assert_holds(weight[torch.tensor([2, 0])], (qdata, scale), "mxfp4_moe")
+
+
+def test_one_expert_over_several_and_over_none() -> None:
+    qdata, scale = marked_parts(2, 96, 160, salt=1)
+    source = weight_of((qdata, scale), dtype=torch.float16)
+    for values in (source[1], source[1:]):
+        weight = weight_of(marked_parts(3, 96, 160), "mxfp4_moe", dtype=torch.float16)
+        for index in (torch.tensor([], dtype=torch.int64), torch.tensor([2, 0])):
+            weight.index_put_((index,), values)
+        assert_holds(weight[[2, 0]], (qdata[[1, 1]], scale[[1, 1]]), "mxfp4_moe")
+        assert_holds(weight[1:2], tuple(part[1:2] for part in marked_parts(3, 96, 160)), "mxfp4_moe")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -347,3 +358,23 @@ def test_shards_that_are_refused(gate_up: bool, arguments: dict[str, Any], messa
 def test_one_expert_has_no_shards_of_experts() -> None:
     with pytest.raises((ValueError, NotImplementedError)):
         weight_of(marked_parts(2, 128, 64))[0].shard(0, 2, dim="expert")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_only_the_tiles_that_hold_some_rows_are_unshuffled(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of(marked_parts(2, 1024, 512), layout)
+    unshuffled: list[int] = []
+
+    def spy(data: Tensor, *args: Any, **options: Any) -> Tensor:
+        unshuffled.append(data.shape[1])
+        return unshuffle_weight(data, *args, **options)
+
+    monkeypatch.setattr(storage, "unshuffle_weight", spy)
+    for read, rows in (
+        (lambda: weight.shard(1, 2), 256),
+        (lambda: weight[:, 40:70].dequantize(), 64),
+        (lambda: weight[:, -1:].dequantize(), 32),
+    ):
+        read()
+        assert max(unshuffled) == 2 * rows  # of gate and up
+        unshuffled.clear()

@@ -235,6 +235,8 @@ def test_operands_handed_out_see_new_values_in_their_layout(era: str, layout: st
         assert_operands_hold(new[3])
         with pytest.raises(RuntimeError, match="handed out by as_kernel_operands"):
             module.w13.unshuffle_()
+        with pytest.raises(RuntimeError, match="handed out by as_kernel_operands.* copy_"):
+            module.w13.data = weight_of(new[0], layout)
         assert addresses(module.w13) == address == [operand.data_ptr() for operand in operands[:2]]
 
 

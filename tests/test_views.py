@@ -107,6 +107,7 @@ def windows(rows: int, columns: int) -> dict[str, tuple[Any, ...]]:
         "one row": (0, slice(half + 3, half + 4)),
         "all but a row": (0, slice(-1)),
         "columns": (slice(None), slice(None), slice(32, 96)),
+        "the first columns": (0, slice(None), slice(64)),
         "the last columns": (1, slice(None), slice(-32, None)),
         "a patch": (slice(1, None), slice(7, half + 1), slice(64, 128)),
         "no row": (slice(None), slice(5, 5)),
