@@ -254,6 +254,23 @@ def test_some_of_the_experts(taken: str, backend: str, gfx950: Double, shuffles:
     assert gfx950.reads == ["separated tiles"] * 3
 
 
+def test_a_weight_made_inside(gfx950: Double) -> None:
+    """Its first use is in the graph, on every call."""
+    values = [make_weight(name).dequantize() for name in ("w13", "w2")]
+
+    def call(x: Tensor, w13: Tensor, w2: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        packed = ShuffledMXFP4Tensor.from_hp(w13, gate_up=True, row_order="contiguous")
+        return fused_moe(x, packed, ShuffledMXFP4Tensor.from_hp(w2, gate_up=False), weight, ids)
+
+    layer = make_layer()
+    arguments = layer["hidden_states"], *values, layer["topk_weight"], layer["topk_ids"]
+    expected = call(*arguments)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(*arguments), expected)
+    assert gfx950.reads == ["separated tiles"] * 3
+
+
 @pytest.mark.parametrize("era", ["A", "B", "C", "E"])
 def test_a_number_of_tokens_without_a_kernel_is_rerouted_when_it_comes(era: str) -> None:
     """One graph is for any number of tokens, and these eras have kernels for some of them alone."""
