@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from shuffled_tensor import (
     shuffle_weight,
 )
 from shuffled_tensor.backends import aiter as backend
+from shuffled_tensor.backends import reference
 from shuffled_tensor.testing import ERAS, Double, aiter_double
 
 from .helpers import coded, moderate_scales, relative_error
@@ -83,6 +85,8 @@ MISTAKES = [
     ("CEFG", "uint8 weights", True, WRONG),
     ("D", "the HIP tag, untuned", False, WRONG),
     (ERAS, "raw bytes", True, WRONG),
+    ("ABFG", "expert mask", True, NotImplementedError),
+    ("CDE", "expert mask", True, WRONG),  # dropped
 ]
 
 
@@ -116,6 +120,11 @@ def test_mistakes_on_plain_tensors(era: str, mistake: str, tuned: bool, outcome:
         options = {"gate_mode": gate_modes[mistake == "other gate mode"]}
         if era == "G" and mistake not in ("tag dropped",):
             options["is_shuffled"] = True
+        if mistake == "expert mask":  # global expert 0 is another rank's
+            options["expert_mask"] = torch.tensor([0] + [1] * EXPERTS, dtype=torch.int32, device=device)
+            local = layer["topk_ids"] > 0
+            rest = {"topk_ids": (layer["topk_ids"] - 1).clamp(min=0), "topk_weight": layer["topk_weight"] * local}
+            answer = expected(double, layer | rest)
         padded = torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))
 
         def call() -> Tensor:
@@ -133,7 +142,7 @@ def test_mistakes_on_plain_tensors(era: str, mistake: str, tuned: bool, outcome:
         elif outcome is WRONG:
             assert not relative_error(call(), answer) < 0.5
         else:
-            with pytest.raises(outcome, match="mismatch"):
+            with pytest.raises(outcome, match="mismatch|does not support expert-parallel"):
                 call()
 
 
@@ -282,6 +291,42 @@ def test_expert_parallelism_without_a_mask(device: str) -> None:
         rest = {"topk_ids": local_ids, "topk_weight": layer["topk_weight"] * local}
         assert relative_error(fused_moe(**(layer | rest), backend="aiter"), reference) < 0.01
         assert len(double.reads) == 1
+
+
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("tuned", [True, False])
+def test_what_is_explained_is_what_happens(era: str, tuned: bool, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Backend, layouts and errors, for every kind that a caller may have fixed and every way of asking."""
+    monkeypatch.setattr(reference, "run", lambda call: call.hidden_states)  # numbers are looked at elsewhere
+    fixed = ((None, None), ("mxfp4_moe", None), (None, "mxfp4_separated"), ("mxfp4_separated",) * 2, ("none",) * 2)
+    asked: list[dict[str, Any]] = [{}, {"backend": "reference"}, {"backend": "aiter"}]
+    calls = [{}, *(change for change, _ in refusals(device).values())]
+    with override_arch("gfx950"), aiter_double(era, tuned=tuned) as double:
+        monkeypatch.setattr(double, "answer", lambda x, *rest: x)
+
+        def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+            try:
+                return function(**arguments)
+            except ValueError as error:
+                return str(error)
+
+        for (w13_kind, w2_kind), backend_asked, change in (
+            *itertools.product(fixed, asked, calls[:1]),
+            *itertools.product(fixed[:1], asked, calls[1:]),
+        ):
+            weights = {"w13": make_weight("w13", device, w13_kind), "w2": make_weight("w2", device, w2_kind)}
+            arguments = make_layer(device) | weights | change | backend_asked
+            double.reads.clear()
+            report = outcome(explain, arguments)
+            assert not any(weight.is_shuffled for weight in weights.values())
+            out = outcome(fused_moe, arguments)
+            shuffled = {name: weight.shuffle_kind for name, weight in weights.items() if weight.is_shuffled}
+            if isinstance(out, str):
+                assert (report, shuffled, double.reads) == (out, {}, [])
+            else:
+                assert report.shuffles == shuffled
+                assert report.backend == ("aiter" if double.reads else "reference")
+                assert report.kind is None or set(shuffled.values()) == {report.kind}
 
 
 def test_the_kernels_own_rule_may_be_named(device: str) -> None:

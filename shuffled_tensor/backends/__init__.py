@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,8 +35,7 @@ BACKENDS: dict[str, Backend] = {"aiter": aiter, "reference": reference}
 """In the order of preference. The last one refuses nothing."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     backend: str
     kind: ShuffleKind | None
     """The layout that both weights must have; None where any will do."""
