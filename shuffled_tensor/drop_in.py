@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.ops import fused_moe
@@ -28,6 +29,14 @@ def bind(operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[st
     arguments = operator._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
     return defaults | {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+
+
+def _same_bytes(scale: Tensor, own: Tensor) -> bool:
+    """Whether a scale, of whatever shape, is a weight's own."""
+    if isinstance(scale, FunctionalTensor):
+        return True  # the tracer parts it from its memory; dynamo, which comes before, has shown it here as a fake
+    alike = scale.storage_offset() == own.storage_offset() and scale.nbytes == own.nbytes and scale.is_contiguous()
+    return alike and bool(torch._C._is_alias_of(scale, own))  # type: ignore[attr-defined]  # of fake tensors, too
 
 
 # what fused_moe calls an argument, and what aiter does
@@ -53,7 +62,7 @@ def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(weight, ShuffledMXFP4Tensor):
             raise TypeError(f"{name} must be a ShuffledMXFP4Tensor as the other is, found {type(weight).__name__}")
         scale = given.pop(f"{name}_scale")
-        if scale is not None and (scale.data_ptr(), scale.nbytes) != (weight.scale.data_ptr(), weight.scale.nbytes):
+        if scale is not None and not _same_bytes(scale, weight.scale):
             raise ValueError(f"{name}_scale must be None or {name}.scale itself: {name} carries its own")
 
     installed = aiter.detect()

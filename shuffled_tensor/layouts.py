@@ -127,7 +127,7 @@ def _apply(
 ) -> Tensor:
     kind = ShuffleKind(kind)
     _check_input(part, data, out)
-    in_place = out is not None and out.is_set_to(data)
+    in_place = out is data or (out is not None and out.is_set_to(data))  # traced tensors know no memory to compare
     if out is None:
         out = torch.empty_like(data, memory_format=torch.contiguous_format)
     if kind is ShuffleKind.NONE:

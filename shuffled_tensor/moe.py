@@ -44,6 +44,8 @@ class MoECall:
     """By name, ``"bfloat16"``: torch 2.10 and 2.11 hand an operator in an ahead-of-time compiled package another dtype
     than the one exported."""
     backend: str
+    """By name; or several in the order of preference, ``"aiter, reference"``: the first that takes the call runs it.
+    Which one that is may depend on how many tokens come, and a compiler traces with any number of them."""
     hidden_scale: Tensor | None = None
     activation: str = "silu"
     w13_bias: Tensor | None = None

@@ -124,8 +124,7 @@ def _lower(
     arguments = (hidden_states, w13, w2, topk_weight, topk_ids, out_dtype, backend, hidden_scale, *options)
     call, choice = plan(*arguments)
     storages = [weight._storage for weight in (w13, w2) if isinstance(weight, ShuffledMXFP4Tensor)]
-    # This is a first use whoever computes, so that no later one changes the layout under a call that is running.
-    kinds = [choice.kind or backends.kind_at_first_use(w13.device, storage.target) for storage in storages]
+    kinds = backends.kinds_in_use(choice, *storages)
     if any(kind not in (None, found) for kind, found in zip(kinds, (call.w13_kind, call.w2_kind), strict=True)):
         call.check()  # and the kinds, before anything is changed
         for storage in storages:
@@ -180,7 +179,7 @@ def plan(
         *options,
     )
     choice = backends.select(call, backend)
-    call.backend = choice.backend
+    call.backend = choice.candidates
     return call, choice
 
 
@@ -217,7 +216,9 @@ def _plain(hidden_states: Tensor, w13: Tensor, w2: Tensor, *args: Any) -> NoRetu
 def _packed(*args: Any) -> Tensor:
     call = MoECall(*args)
     call.check()
-    return backends.BACKENDS[call.backend].run(call)
+    choice = backends.select(call, call.backend)
+    backends.warn_when_passed_over(choice, call.w13_qdata.device)
+    return backends.BACKENDS[choice.backend].run(call)
 
 
 def _packed_fake(*args: Any) -> Tensor:

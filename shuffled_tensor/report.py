@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shuffled_tensor import backends
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import ShuffleKind
@@ -27,9 +28,10 @@ class Explanation:
     """The aiter that is installed and its era, or why none can be used."""
     backend: str
     kind: ShuffleKind | None
-    """The layout that both weights would have; None where they stay as they are."""
-    shuffles: tuple[str, ...]
-    """Which of w13 and w2 would be laid out anew."""
+    """The layout that the backend reads; None where it reads any."""
+    shuffles: dict[str, ShuffleKind]
+    """What w13 and w2 would be laid out anew as. On the GPU that aiter is for, the first use does that whoever
+    computes."""
     tags: dict[str, Any]
     """Attributes that w13 would carry, and the gate mode it would be passed with."""
     activations: str
@@ -37,12 +39,13 @@ class Explanation:
     """The backends that would have been preferred, and why they do not take the call."""
 
     def __str__(self) -> str:
+        shuffles = (f"{name} to {kind.value}" for name, kind in self.shuffles.items())
         lines = [
             f"architecture  {self.arch}",
             f"aiter         {self.aiter}",
             f"backend       {self.backend}",
-            f"kind          {self.kind.value if self.kind else 'any, as the weights lie'}",
-            f"shuffles      {', '.join(self.shuffles) or 'nothing'}",
+            f"kind          {self.kind.value if self.kind else 'any'}",
+            f"shuffles      {', '.join(shuffles) or 'nothing'}",
             f"tags          {', '.join(f'{name}={value!r}' for name, value in self.tags.items()) or 'none'}",
             f"activations   {self.activations}",
             *(f"passed over   {name}: {reason}" for name, reason in self.passed_over.items()),
@@ -65,10 +68,16 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     call, choice = plan(*(given[name] for name in (*leading, *options)))
     call.check()
     weights = {"w13": given["w13"], "w2": given["w2"]}
-    kinds = {"w13": call.w13_kind, "w2": call.w2_kind}
+    storages = [weight._storage for weight in weights.values()]
     if choice.kind is not None:
-        for weight in weights.values():
-            weight._storage.check_usable_as(choice.kind)
+        for storage in storages:
+            storage.check_usable_as(choice.kind)
+    kinds = backends.kinds_in_use(choice, *storages)
+    shuffles = {
+        name: kind
+        for name, kind, storage in zip(weights, kinds, storages, strict=True)
+        if kind not in (None, storage.kind)
+    }
     device = call.w13_qdata.device
     tags: dict[str, Any] = {}
     activations = "as they come" if call.activation_dtype is None else f"mxfp4, {call.intermediate_scale_rule}"
@@ -81,7 +90,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         aiter=installed_aiter(),
         backend=choice.backend,
         kind=choice.kind,
-        shuffles=tuple(name for name in weights if choice.kind is not None and kinds[name] != choice.kind),
+        shuffles=shuffles,
         tags=tags,
         activations=activations,
         passed_over=choice.passed_over,

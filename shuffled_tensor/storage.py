@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -158,7 +158,9 @@ class PackedStorage:
             )
         gate_up = self.geometry.gate_up
         self.trouble = f"changing its layout from {self.kind.value!r} to {kind.value!r} was interrupted"
-        with _disable_current_modes(), torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+        # A weight made inside a traced function is laid out anew in its graph, which the tracer must see.
+        outside_modes = _disable_current_modes() if is_real(self.qdata) else nullcontext()
+        with outside_modes, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
             if on_gpu:  # kernels of other streams may still be reading the bytes
                 torch.cuda.synchronize(self.qdata.device)
             # what another process may be reading is left as it is, and replaced

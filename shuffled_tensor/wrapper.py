@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 from shuffled_tensor import backends
 from shuffled_tensor.geometry import Window
@@ -53,6 +53,8 @@ class Wrapper(Tensor):
     _window: Window
     _index: int | slice | None
     """What takes this tensor's experts out of the storage's; None where they are all of them."""
+    _views: dict[str, tuple[Tensor, Tensor]]
+    """Of some of the experts: the storage's codes and scales, and the part of them that is this tensor's."""
     _carried: dict[str, Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -68,6 +70,7 @@ class Wrapper(Tensor):
             )
         self._storage = storage
         self._window = window
+        self._views = {}
         experts = window.experts
         if rank == 2:
             self._index = experts[0]
@@ -90,24 +93,36 @@ class Wrapper(Tensor):
         """Whether this is a view of some rows or columns, whose bytes have no place of their own in memory."""
         return not self._storage.whole_rows(self._window)
 
-    def _own_bytes(self, data: Tensor) -> Tensor:
+    def _own_bytes(self, part: str) -> Tensor:
         if self.is_part_of_experts:
             raise ValueError(
                 "a view of rows or columns has no bytes of its own in memory; clone() it, or write to it with copy_"
             )
-        return data if self._index is None else data[self._index]
+        data: Tensor = getattr(self._storage, part)
+        if self._index is None:
+            return data
+        if not is_real(data):
+            return data[self._index]
+        # The same object each time, because dynamo tells the tensors in a tensor apart by what they are; and no fake
+        # one, although dynamo asks in its fake mode.
+        base, view = self._views.get(part, (None, data))
+        if base is not data:
+            with _disable_current_modes(), torch.no_grad(), torch.inference_mode(data.is_inference()):
+                view = data[self._index]
+            self._views[part] = data, view
+        return view
 
     @property
     def qdata(self) -> Tensor:
         """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
         the storage."""
-        return self._own_bytes(self._storage.qdata)
+        return self._own_bytes("qdata")
 
     @property
     def scale(self) -> Tensor:
         """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
         the storage."""
-        return self._own_bytes(self._storage.scale)
+        return self._own_bytes("scale")
 
     def data_ptr(self) -> int:
         """The address of the codes: it stays through shuffles and refits."""
@@ -146,6 +161,7 @@ class Wrapper(Tensor):
             self.device,
         ):
             self._storage, self._window, self._index = value._storage, value._window, value._index
+            self._views = {}
             return
         raise TypeError(
             f".data takes a ShuffledMXFP4Tensor of shape {list(self.shape)}, {self.dtype}, on {self.device}, found "

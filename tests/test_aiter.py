@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -24,6 +26,7 @@ from shuffled_tensor import (
     shuffle_weight,
 )
 from shuffled_tensor.backends import aiter as backend
+from shuffled_tensor.backends import reference
 from shuffled_tensor.testing import ERAS, Double, aiter_double
 
 from .helpers import coded, moderate_scales, relative_error
@@ -82,6 +85,8 @@ MISTAKES = [
     ("CEFG", "uint8 weights", True, WRONG),
     ("D", "the HIP tag, untuned", False, WRONG),
     (ERAS, "raw bytes", True, WRONG),
+    ("ABFG", "expert mask", True, NotImplementedError),
+    ("CDE", "expert mask", True, WRONG),  # dropped
 ]
 
 
@@ -115,6 +120,11 @@ def test_mistakes_on_plain_tensors(era: str, mistake: str, tuned: bool, outcome:
         options = {"gate_mode": gate_modes[mistake == "other gate mode"]}
         if era == "G" and mistake not in ("tag dropped",):
             options["is_shuffled"] = True
+        if mistake == "expert mask":  # global expert 0 is another rank's
+            options["expert_mask"] = torch.tensor([0] + [1] * EXPERTS, dtype=torch.int32, device=device)
+            local = layer["topk_ids"] > 0
+            rest = {"topk_ids": (layer["topk_ids"] - 1).clamp(min=0), "topk_weight": layer["topk_weight"] * local}
+            answer = expected(double, layer | rest)
         padded = torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))
 
         def call() -> Tensor:
@@ -132,7 +142,7 @@ def test_mistakes_on_plain_tensors(era: str, mistake: str, tuned: bool, outcome:
         elif outcome is WRONG:
             assert not relative_error(call(), answer) < 0.5
         else:
-            with pytest.raises(outcome, match="mismatch"):
+            with pytest.raises(outcome, match="mismatch|does not support expert-parallel"):
                 call()
 
 
@@ -147,7 +157,9 @@ def test_untuned_shapes(era: str, device: str) -> None:
             assert torch.equal(out, expected(double, layer))
         else:
             assert report.backend == "reference"
-            assert "no tuned kernel that reads 'mxfp4_moe' for 5 tokens, 4 experts" in report.passed_over["aiter"]
+            assert (
+                "no tuned kernel that reads 'mxfp4_moe' for 8 tokens (padded), 4 experts" in report.passed_over["aiter"]
+            )
             assert torch.equal(out, fused_moe(**layer, backend="reference"))
             assert double.reads == []
             with pytest.raises(ValueError, match="no tuned kernel"):
@@ -199,7 +211,122 @@ def test_refused_calls_are_rerouted_or_raise(era: str, name: str, device: str) -
         out = fused_moe(**layer)
         assert layer["w13"].is_shuffled  # or a later call would change the layout under one that is running
         assert double.reads == []
+    assert report.shuffles == {name: layer[name].shuffle_kind for name in ("w13", "w2")}
     assert torch.equal(out, fused_moe(**make_layer(device) | change))
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_what_reaches_the_operator(era: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The whole of it, from arguments that are neither contiguous nor of the kernels' dtypes."""
+    with override_arch("gfx950"), aiter_double(era) as double:
+        calls: list[dict[str, Any]] = []
+        operator = double.fused_moe_
+        monkeypatch.setattr(double, "fused_moe_", lambda given: calls.append(given) or operator(given))
+        layer = make_layer(device)
+        answer = expected(double, layer)
+        apart = {name: layer[name].repeat_interleave(2, 1)[:, ::2] for name in ("hidden_states", "topk_weight")}
+        apart["topk_ids"] = layer["topk_ids"].long().t().contiguous().t()
+        assert not any(tensor.is_contiguous() for tensor in apart.values())
+        out = fused_moe(**(layer | apart))
+        assert torch.equal(out, answer)
+        assert out.is_contiguous()
+        (given,) = calls
+        w13, w2 = layer["w13"], layer["w2"]
+        described = {
+            name: (value.dtype, tuple(value.shape)) for name, value in given.items() if isinstance(value, Tensor)
+        }
+        assert described == {
+            "hidden_states": (torch.bfloat16, (5, 512)),
+            "w1": (torch.float4_e2m1fn_x2, (EXPERTS, 512, 256)),
+            "w2": (torch.float4_e2m1fn_x2, (EXPERTS, 512, 128)),
+            "topk_weight": (torch.float32, (5, 2)),
+            "topk_ids": (torch.int32, (5, 2)),
+            "w1_scale": (torch.uint8, (EXPERTS, 512, 16)),
+            "w2_scale": (torch.uint8, (EXPERTS, 512, 8)),
+        }
+        assert all(given[name].is_contiguous() for name in described)
+        own = {"w1": w13.qdata, "w2": w2.qdata, "w1_scale": w13.scale, "w2_scale": w2.scale}
+        assert {name: given[name].data_ptr() for name in own} == {name: data.data_ptr() for name, data in own.items()}
+        plain = {name: value for name, value in given.items() if name not in described and value is not None}
+        ep = {name: 0 for name in plain if name.startswith("ep_")}
+        early = {} if era in "FG" else {"swiglu_limit": 0.0}
+        late = {"is_shuffled": True} if era == "G" else {}
+        assert plain == ep | early | late | {
+            "activation": 0,
+            "quant_type": 3,
+            "doweight_stage1": False,
+            "block_size_M": -1,
+            "moe_sorting_dispatch_policy": 0,
+            "hidden_pad": 512 - HIDDEN,
+            "intermediate_pad": 256 - INTERMEDIATE,
+            "gate_mode": "interleave" if era in "CE" else "separated",
+        }
+        tag = {"A": {"shuffle_kind": "mxfp4_moe"}, "B": {"is_guinterleave": True}, "D": {"shuffle_kind": "mxfp4_moe"}}
+        assert vars(given["w1"]) == {"is_shuffled": True} | tag.get(era, {})
+        assert vars(given["w2"]) == {"is_shuffled": True}
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_no_tokens(era: str, device: str) -> None:
+    """As on a rank without requests: nothing is launched, and weights are shuffled all the same."""
+    with override_arch("gfx950"), aiter_double(era) as double:
+        layer = make_layer(device, tokens=0)
+        out = fused_moe(**layer, backend=None if era in "ABCE" else "aiter")
+        assert (out.shape, out.dtype) == ((0, HIDDEN), torch.bfloat16)
+        assert layer["w13"].shuffle_kind == KIND[era]
+        assert double.reads == []
+
+
+def test_expert_parallelism_without_a_mask(device: str) -> None:
+    """What the refusal of `expert_mask` advises."""
+    with override_arch("gfx950"), aiter_double("F") as double:
+        layer = make_layer(device)
+        mask = torch.tensor([0, 1, 1, 0, 1, 1, 0], dtype=torch.int32, device=device)
+        ids = torch.tensor([[1, 0], [2, 3], [6, 4], [5, 1], [0, 6]], dtype=torch.int32, device=device)
+        options = {"activation_dtype": "mxfp4", "scale_rule": "round_up"}
+        reference = fused_moe(**(layer | {"topk_ids": ids}), expert_mask=mask, **options)
+        assert double.reads == []
+        local = mask[ids.long()] == 1
+        local_ids = torch.where(local, mask.cumsum(0)[ids.long()] - 1, 0)
+        rest = {"topk_ids": local_ids, "topk_weight": layer["topk_weight"] * local}
+        assert relative_error(fused_moe(**(layer | rest), backend="aiter"), reference) < 0.01
+        assert len(double.reads) == 1
+
+
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("tuned", [True, False])
+def test_what_is_explained_is_what_happens(era: str, tuned: bool, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Backend, layouts and errors, for every kind that a caller may have fixed and every way of asking."""
+    monkeypatch.setattr(reference, "run", lambda call: call.hidden_states)  # numbers are looked at elsewhere
+    fixed = ((None, None), ("mxfp4_moe", None), (None, "mxfp4_separated"), ("mxfp4_separated",) * 2, ("none",) * 2)
+    asked: list[dict[str, Any]] = [{}, {"backend": "reference"}, {"backend": "aiter"}]
+    calls = [{}, *(change for change, _ in refusals(device).values())]
+    with override_arch("gfx950"), aiter_double(era, tuned=tuned) as double:
+        monkeypatch.setattr(double, "answer", lambda x, *rest: x)
+
+        def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+            try:
+                return function(**arguments)
+            except ValueError as error:
+                return str(error)
+
+        for (w13_kind, w2_kind), backend_asked, change in (
+            *itertools.product(fixed, asked, calls[:1]),
+            *itertools.product(fixed[:1], asked, calls[1:]),
+        ):
+            weights = {"w13": make_weight("w13", device, w13_kind), "w2": make_weight("w2", device, w2_kind)}
+            arguments = make_layer(device) | weights | change | backend_asked
+            double.reads.clear()
+            report = outcome(explain, arguments)
+            assert not any(weight.is_shuffled for weight in weights.values())
+            out = outcome(fused_moe, arguments)
+            shuffled = {name: weight.shuffle_kind for name, weight in weights.items() if weight.is_shuffled}
+            if isinstance(out, str):
+                assert (report, shuffled, double.reads) == (out, {}, [])
+            else:
+                assert report.shuffles == shuffled
+                assert report.backend == ("aiter" if double.reads else "reference")
+                assert report.kind is None or set(shuffled.values()) == {report.kind}
 
 
 def test_the_kernels_own_rule_may_be_named(device: str) -> None:
@@ -279,7 +406,17 @@ def test_drop_in(era: str, call: Callable[..., Tensor], mode: Callable[[], Any],
         assert layer["w13"].shuffle_kind == KIND[era]
         own_mode = "interleave" if era in "CE" else "separated"
         assert torch.equal(call(aiter, parameters, gate_mode=own_mode), answer)
+        # the operator cannot tell its default from the same value given
+        assert torch.equal(call(aiter, parameters, gate_mode="separated"), answer)
         # padded as an engine pads its activations: as many columns come back
+        # with the scales that an engine registered beside the weights, as it likes them
+        w13_scale, w2_scale = layer["w13"].scale, layer["w2"].scale
+        for scales in (
+            {"w1_scale": w13_scale.view(torch.float8_e8m0fnu), "w2_scale": w2_scale.view(torch.float8_e8m0fnu)},
+            {"w1_scale": w13_scale.flatten(0, 1), "w2_scale": w2_scale.flatten(0, 1)},
+            {"w1_scale": torch.nn.Parameter(w13_scale, requires_grad=False)},
+        ):
+            assert torch.equal(by_keyword(aiter, parameters, **scales), answer)
         padded = parameters | {"hidden_states": torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))}
         out = call(aiter, padded, hidden_pad=512 - HIDDEN, intermediate_pad=256 - INTERMEDIATE)
         assert out.shape == (5, 512)
@@ -297,6 +434,10 @@ def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
             "gate mode": {"gate_mode": "interleave"},
             "is_shuffled": {"is_shuffled": False},
             "scale": {"w1_scale": w13.scale.clone()},
+            "scale of others": {"w1_scale": w13.scale[1:]},
+            "scale of the other": {"w1_scale": layer["w2"].scale},
+            "scale in another order": {"w1_scale": w13.scale.transpose(1, 2)},
+            "scale to write": {"w1_scale": w13.scale_view},
             "quant type": {"quant_type": aiter.QuantType.No},
             "block size": {"block_size_M": 32},
             "local tokens": {"num_local_tokens": torch.tensor([3])},
@@ -312,6 +453,9 @@ def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
             with pytest.raises(ValueError, match=".") as error:
                 by_keyword(aiter, layer, **change)
             lines.append(f"{name}: {error.value}")
+        some = layer | {"w13": w13[:2], "w2": layer["w2"][:2]}
+        with pytest.raises(ValueError, match=r"w1_scale must be None or w1\.scale itself"):
+            by_keyword(aiter, some, w1_scale=w13[2:].scale)
         with pytest.raises(TypeError, match="w2 must be a ShuffledMXFP4Tensor as the other is, found Tensor"):
             by_keyword(aiter, layer | {"w2": layer["w2"].qdata})
         assert double.reads == []
@@ -322,6 +466,10 @@ def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
 gate mode: gate_mode='interleave' contradicts the weights: this aiter (era G) reads them as 'mxfp4_separated', which is gate_mode='separated'; leave it out
 is_shuffled: is_shuffled=False contradicts the weights, which are shuffled by the time of the call
 scale: w1_scale must be None or w1.scale itself: w1 carries its own
+scale of others: w1_scale must be None or w1.scale itself: w1 carries its own
+scale of the other: w1_scale must be None or w1.scale itself: w1 carries its own
+scale in another order: w1_scale must be None or w1.scale itself: w1 carries its own
+scale to write: w1_scale must be None or w1.scale itself: w1 carries its own
 quant type: quant_type must be per_1x32 for MXFP4 weights, found the value 0
 block size: block_size_M is ignored or miscomputed by the kernels behind this call; leave it out
 local tokens: num_local_tokens is ignored or miscomputed by the kernels behind this call; leave it out
@@ -330,7 +478,7 @@ pads: hidden_pad must be 0 or 224, by which the weights themselves are padded
 activation: aiter cannot take this call: activation='gelu' would be computed as SiLU; shuffled_tensor.fused_moe without backend= goes to another
 bias: aiter cannot take this call: a bias would be ignored; shuffled_tensor.fused_moe without backend= goes to another
 limit: aiter cannot take this call: swiglu_limit would be ignored; shuffled_tensor.fused_moe without backend= goes to another
-mask: aiter cannot take this call: expert_mask raises in these kernels, or is dropped; shuffled_tensor.fused_moe without backend= goes to another""",
+mask: aiter cannot take this call: expert_mask raises in these kernels, or is dropped; without it, give local topk_ids, and topk_weight 0 where an expert is another rank's; shuffled_tensor.fused_moe without backend= goes to another""",
     )
 
 
@@ -414,7 +562,7 @@ architecture  gfx950
 aiter         of unknown version, era A: since #3470, early (57e74501a5)
 backend       aiter
 kind          mxfp4_moe
-shuffles      w13, w2
+shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
 activations   mxfp4, even
 
@@ -422,7 +570,7 @@ architecture  gfx950
 aiter         of unknown version, era B: since 39e2ed7e8a
 backend       aiter
 kind          mxfp4_moe
-shuffles      w13, w2
+shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, is_guinterleave=True, gate_mode='separated'
 activations   mxfp4, even
 
@@ -430,7 +578,7 @@ architecture  gfx950
 aiter         of unknown version, era C: since #3470 as merged (d6ede4548e)
 backend       aiter
 kind          mxfp4_moe
-shuffles      w13, w2
+shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, gate_mode='interleave'
 activations   mxfp4, even
 
@@ -438,7 +586,7 @@ architecture  gfx950
 aiter         of unknown version, era D: since #3788 (46ecc4489d)
 backend       aiter
 kind          mxfp4_moe
-shuffles      w13, w2
+shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
 activations   mxfp4, even
 
@@ -446,7 +594,7 @@ architecture  gfx950
 aiter         of unknown version, era E: since #3827 (05567f6668)
 backend       aiter
 kind          mxfp4_moe
-shuffles      w13, w2
+shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, gate_mode='interleave'
 activations   mxfp4, even
 
@@ -454,7 +602,7 @@ architecture  gfx950
 aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
 backend       aiter
 kind          mxfp4_separated
-shuffles      w13, w2
+shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
 tags          is_shuffled=True, gate_mode='separated'
 activations   mxfp4, round_up
 
@@ -462,7 +610,7 @@ architecture  gfx950
 aiter         of unknown version, era G: since #4542 (55f4bfeb5e)
 backend       aiter
 kind          mxfp4_separated
-shuffles      w13, w2
+shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
 tags          is_shuffled=True, gate_mode='separated'
 activations   mxfp4, round_up""",
     )
@@ -502,6 +650,48 @@ def test_an_aiter_from_before_the_port(installed: Callable[..., ModuleType]) -> 
     backend.forget(module)
 
 
+def test_an_aiter_to_come_is_not_taken_for_an_old_one(installed: Callable[..., ModuleType]) -> None:
+    installed(
+        fused_moe=lambda hidden_states: None,
+        get_2stage_cfgs=lambda token, is_shuffled, gate_mode, opus_weights_shuffled, config_file: None,
+    )
+    with pytest.raises(backend.Unusable, match="of no era known here"):
+        backend.detect()
+
+
+def test_an_aiter_that_another_thread_is_importing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Half of it looks like an older era, which reads another layout or rounds otherwise."""
+    if importlib.util.find_spec("aiter"):
+        pytest.skip("needs a machine without aiter")
+    half, rest = threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "half_and_rest", (half, rest), raising=False)
+    (tmp_path / "aiter").mkdir()
+    (tmp_path / "aiter" / "__init__.py").write_text(
+        "import sys\nfrom aiter import fused_moe\nhalf, rest = sys.half_and_rest\nhalf.set()\nrest.wait()\n"
+        "mxfp4_moe_gemm1_a4w4 = print\n"
+    )
+    (tmp_path / "aiter" / "fused_moe.py").write_text(
+        "def fused_moe(hidden_states, gate_mode): ...\n"
+        "def get_2stage_cfgs(token, is_shuffled, gate_mode): ...\n"
+        "_mxfp4_a4w4_stage1_fw = print\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backend, "_IMPORT_FAILURE", [])
+    importing = threading.Thread(target=importlib.import_module, args=("aiter",))
+    later = threading.Timer(0.2, rest.set)
+    try:
+        importing.start()
+        half.wait()
+        later.start()
+        assert backend.detect().era.name == "E"  # without what comes late it would be F
+    finally:
+        rest.set()
+        importing.join()
+        backend.forget(sys.modules["aiter.fused_moe"])
+        for name in ("aiter", "aiter.fused_moe"):
+            del sys.modules[name]
+
+
 def test_no_aiter_and_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     if importlib.util.find_spec("aiter"):
         pytest.skip("needs a machine without aiter")
@@ -511,6 +701,8 @@ def test_no_aiter_and_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: An
         assert explain(**layer).passed_over["aiter"].startswith("aiter is not installed (its distribution is amd-aiter")
         assert torch.equal(fused_moe(**layer), fused_moe(**layer, backend="reference"))
         assert not layer["w13"].is_shuffled  # nobody here reads a shuffled layout
+        with aiter_double("F"):  # one that is loaded later is found
+            assert explain(**layer).backend == "aiter"
     (tmp_path / "aiter").mkdir()
     (tmp_path / "aiter" / "__init__.py").write_text("raise RuntimeError('ROCm version file not found')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -145,12 +146,12 @@ def test_the_captured_graph(gfx950: Double) -> None:
         """\
 class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "u8[4, 512, 256]", arg1_1: "u8[4, 512, 16]", arg2_1: "u8[4, 512, 128]", arg3_1: "u8[4, 512, 8]", arg4_1: "bf16[5, 288]", arg5_1: "f32[5, 2]", arg6_1: "i32[5, 2]"):
-        fused_moe_packed: "bf16[5, 288]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, arg2_1, arg3_1, arg5_1, arg6_1, 'mxfp4_separated', 'mxfp4_separated', 160, 'bfloat16', 'aiter');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
+        fused_moe_packed: "bf16[5, 288]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, arg2_1, arg3_1, arg5_1, arg6_1, 'mxfp4_separated', 'mxfp4_separated', 160, 'bfloat16', 'aiter, reference');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
         return (fused_moe_packed,)""",
     )
     packed = re.findall(r"fused_moe_packed\.default\((.*?)\)", model)
     assert len(packed) == 4
-    assert all("'mxfp4_separated', 'mxfp4_separated', 160, 'bfloat16', 'aiter'" in call for call in packed)
+    assert all("'mxfp4_separated', 'mxfp4_separated', 160, 'bfloat16', 'aiter, reference'" in call for call in packed)
     body = (line for line in model.splitlines() if "fused_moe_packed.default" not in line)
     weights = re.findall(r'(\w+): "u8', model)
     assert len(weights) == 16  # those that come in, and no other: none is copied or permuted
@@ -198,6 +199,97 @@ def test_engine_code_that_calls_aiter_itself_compiles(gfx950: Double, shuffles: 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert torch.equal(compiled(layer["hidden_states"], layer["topk_weight"], layer["topk_ids"]), expected)
+
+
+@pytest.mark.parametrize("registered", ["property", "parameter", "another"])
+def test_engine_code_that_passes_scales_compiles(registered: str, gfx950: Double) -> None:
+    expected = fused_moe(**make_layer())
+    module, layer = MoE(), make_layer()
+    w13_scale, w2_scale = module.w13_weight.scale, module.w2_weight.scale
+    if registered == "another":
+        w13_scale = w13_scale.clone()
+    module.w13_weight_scale = nn.Parameter(w13_scale.view(torch.float8_e8m0fnu), requires_grad=False)
+    module.w2_weight_scale = nn.Parameter(w2_scale.flatten(0, 1), requires_grad=False)
+
+    def call(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        scales = (
+            {"w1_scale": module.w13_weight.scale, "w2_scale": module.w2_weight.scale}
+            if registered == "property"
+            else {"w1_scale": module.w13_weight_scale, "w2_scale": module.w2_weight_scale}
+        )
+        return torch.ops.aiter.fused_moe_(x, module.w13_weight, module.w2_weight, weight, ids, quant_type=3, **scales)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    arguments = layer["hidden_states"], layer["topk_weight"], layer["topk_ids"]
+    if registered == "another":
+        with pytest.raises(RuntimeError, match=r"w1_scale must be None or w1\.scale itself"):
+            compiled(*arguments)
+    else:
+        for _ in range(2):
+            assert torch.equal(compiled(*arguments), expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("taken", ["inside", "outside"])
+def test_some_of_the_experts(taken: str, backend: str, gfx950: Double, shuffles: ShuffleCount) -> None:
+    layer = make_layer() | {"topk_ids": make_layer()["topk_ids"] % 2}
+    parts = {"w13": layer["w13"][1:3], "w2": layer["w2"][1:3]}
+    expected = fused_moe(**(layer | parts))
+    shuffles.count = 0
+    layer |= {"w13": make_weight("w13"), "w2": make_weight("w2")}
+    views = [layer["w13"][1:3], layer["w2"][1:3]] if taken == "outside" else [layer["w13"], layer["w2"]]
+
+    def call(x: Tensor, w13: Tensor, w2: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        if taken == "inside":
+            w13, w2 = w13[1:3], w2[1:3]
+        return fused_moe(x, w13, w2, weight, ids)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(layer["w13"][:2].qdata) is Tensor  # as all of them are there, and for good
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert torch.equal(compiled(layer["hidden_states"], *views, layer["topk_weight"], layer["topk_ids"]), expected)
+    assert (counter.frame_count, shuffles.count) == (1, 2)
+    assert gfx950.reads == ["separated tiles"] * 3
+
+
+def test_a_weight_made_inside(gfx950: Double) -> None:
+    """Its first use is in the graph, on every call."""
+    values = [make_weight(name).dequantize() for name in ("w13", "w2")]
+
+    def call(x: Tensor, w13: Tensor, w2: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        packed = ShuffledMXFP4Tensor.from_hp(w13, gate_up=True, row_order="contiguous")
+        return fused_moe(x, packed, ShuffledMXFP4Tensor.from_hp(w2, gate_up=False), weight, ids)
+
+    layer = make_layer()
+    arguments = layer["hidden_states"], *values, layer["topk_weight"], layer["topk_ids"]
+    expected = call(*arguments)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(*arguments), expected)
+    assert gfx950.reads == ["separated tiles"] * 3
+
+
+@pytest.mark.parametrize("era", ["A", "B", "C", "E"])
+def test_a_number_of_tokens_without_a_kernel_is_rerouted_when_it_comes(era: str) -> None:
+    """One graph is for any number of tokens, and these eras have kernels for some of them alone."""
+    with override_arch("gfx950"), aiter_double(era) as double:
+        module, layer = MoE(), make_layer()
+        arguments = layer["hidden_states"], layer["topk_weight"], layer["topk_ids"]
+        expected, reference = fused_moe(**layer), fused_moe(**layer, backend="reference")
+        assert not torch.equal(expected, reference)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+        pinned = torch.compile(partial(fused_moe, backend="aiter"), fullgraph=True, dynamic=True, backend="aot_eager")
+        assert torch.equal(compiled(*arguments), expected)
+        assert torch.equal(pinned(*layer.values()), expected)
+        double.tuned = False
+        assert torch.equal(compiled(*arguments), reference)
+        with pytest.raises(ValueError, match="aiter cannot take this call: .* no tuned kernel"):
+            pinned(*layer.values())
+        assert counter.frame_count == 1
+        assert len(double.reads) == 3
 
 
 @pytest.mark.parametrize("dropped", ["guard_filter_fn", "skip_guard_eval_unsafe"])

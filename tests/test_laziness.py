@@ -13,7 +13,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
-from shuffled_tensor import arch, explain, fused_moe, override_arch, prepare
+from shuffled_tensor import arch, backends, explain, fused_moe, override_arch, prepare
 from shuffled_tensor.testing import aiter_double
 
 from .moe_layer import MoE, ShuffleCount, make_layer, make_weight
@@ -186,6 +186,18 @@ def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.Log
     messages = [record.getMessage() for record in caplog.records]
     reason = "activation='gelu' would be computed as SiLU"
     assert messages in ([], [f"fused_moe goes to the reference backend, not to aiter: {reason}"])
+
+
+def test_a_shape_without_a_kernel_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not for every number of tokens that comes."""
+    backends._warn.cache_clear()
+    with override_arch("gfx950"), aiter_double("A", tuned=False), caplog.at_level(logging.WARNING, "shuffled_tensor"):
+        for tokens in (5, 6, 7, 8):
+            fused_moe(**make_layer(tokens=tokens))
+    assert [record.getMessage() for record in caplog.records] == [
+        "fused_moe goes to the reference backend, not to aiter: aiter (era A) has no tuned kernel that reads "
+        "'mxfp4_moe' for 8 tokens (padded), 4 experts, hidden size 512, intermediate size 256 and topk 2"
+    ]
 
 
 def test_override_arch() -> None:

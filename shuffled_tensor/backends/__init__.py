@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from shuffled_tensor.backends import aiter, reference
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.moe import MoECall
+from shuffled_tensor.storage import PackedStorage
 
 _log = logging.getLogger("shuffled_tensor")
 
@@ -35,33 +35,44 @@ BACKENDS: dict[str, Backend] = {"aiter": aiter, "reference": reference}
 """In the order of preference. The last one refuses nothing."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     backend: str
     kind: ShuffleKind | None
     """The layout that both weights must have; None where any will do."""
     passed_over: dict[str, str]
     """Why each preferred backend does not take the call."""
+    candidates: str
+    """This backend, and those that would take the call if it were refused after all: as `select` takes them."""
 
 
 def select(call: MoECall, wanted: str | None) -> Choice:
-    """Choose the backend for a call.
+    """Choose the backend for a call: the first that takes it, of all or of those wanted (``"aiter, reference"``).
 
     Raises:
         ValueError: the caller asked for one that does not exist, or that refuses this call.
     """
-    if wanted is not None and wanted not in BACKENDS:
+    names = list(BACKENDS) if wanted is None else wanted.split(", ")
+    if not BACKENDS.keys() >= set(names):
         raise ValueError(f"unknown backend {wanted!r}; known backends: {', '.join(map(repr, BACKENDS))}")
     passed_over: dict[str, str] = {}
-    for name in BACKENDS if wanted is None else (wanted,):
+    for place, name in enumerate(names):
         reason = BACKENDS[name].refuse(call)
         if reason is None:
-            return Choice(name, BACKENDS[name].kind(call.w13_qdata.device), passed_over)
+            kind = BACKENDS[name].kind(call.w13_qdata.device)
+            return Choice(name, kind, passed_over, ", ".join(names[place:]))
         passed_over[name] = reason
     raise ValueError(
         f"{wanted} cannot take this call: {passed_over[str(wanted)]}; "
         "shuffled_tensor.fused_moe without backend= goes to another"
     )
+
+
+def kinds_in_use(choice: Choice, *storages: PackedStorage) -> list[ShuffleKind | None]:
+    """The kind that each weight of a call is brought into by it; None where it stays as it is.
+
+    This is a first use whoever computes, so that no later one changes the layout under a call that is running.
+    """
+    return [choice.kind or kind_at_first_use(storage.qdata.device, storage.target) for storage in storages]
 
 
 def kind_at_first_use(device: torch.device, target: ShuffleKind | None) -> ShuffleKind | None:

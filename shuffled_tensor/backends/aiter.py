@@ -76,6 +76,8 @@ def _parameters(module: ModuleType, name: str) -> frozenset[str]:
 
 # None of these eras' MXFP4 kernels takes bias, swiglu_limit, another activation than SiLU, doweight_stage1, activations
 # quantised already, or float16; nor expert_mask, which raises (A, B, F, G) or is dropped (C, D, E).
+# The last row must not take an aiter to come for an old one, which would be silent: it is closed by a parameter that
+# came later than its last release.
 ERAS = (
     Era(
         "D", "#3788 (46ecc4489d)", lambda p: "shuffle_kind" in p.config and p.has("_MXFP4_PORT_KIND"),
@@ -116,7 +118,8 @@ ERAS = (
         inter_real=True,
     ),
     Era(
-        "before #3832", "v0.1.13 to v0.1.17", lambda p: {"is_shuffled", "gate_mode"} <= p.config,
+        "before #3832", "v0.1.14 to v0.1.17",
+        lambda p: {"is_shuffled", "gate_mode"} <= p.config and "opus_weights_shuffled" not in p.config,
         ShuffleKind.MXFP4_SEPARATED, "separated", "even",
     ),
 )  # fmt: skip
@@ -133,7 +136,7 @@ class Unusable(Exception):
     """Why there is no aiter to call."""
 
 
-_FOUND: dict[ModuleType, Installed] = {}
+_FOUND: dict[ModuleType | None, Installed] = {}
 _IMPORT_FAILURE: list[str] = []
 
 
@@ -143,9 +146,9 @@ def detect() -> Installed:
     Raises:
         Unusable: there is none, it does not import, or no era fits it.
     """
-    module = sys.modules.get("aiter.fused_moe") or _import()
-    if module not in _FOUND:
-        probed = Probed(sys.modules["aiter"], module)
+    found = _FOUND.get(sys.modules.get("aiter.fused_moe"))
+    if found is None:
+        probed = Probed(*_import())
         era = next((era for era in ERAS if era.probe(probed)), None)
         if era is None:
             raise Unusable(
@@ -153,8 +156,8 @@ def detect() -> Installed:
                 "shuffle_kind, is_guinterleave or is_shuffled, and for mxfp4_moe_gemm1_a4w4, mxfp4_moe_run and "
                 f"_mxfp4_a4w4_stage1_fw; get_2stage_cfgs has {sorted(probed.config) or 'no parameters or is missing'}"
             )
-        _FOUND[module] = Installed(era, version(), probed)
-    return _FOUND[module]
+        found = _FOUND[probed.fused_moe] = Installed(era, version(), probed)
+    return found
 
 
 def forget(module: ModuleType) -> None:
@@ -170,16 +173,19 @@ def version() -> str:
         return "of unknown version"
 
 
-def _import() -> ModuleType:
-    if not _IMPORT_FAILURE:
+def _import() -> tuple[ModuleType, ModuleType]:
+    if not _IMPORT_FAILURE or "aiter.fused_moe" in sys.modules:
         try:
-            return importlib.import_module("aiter.fused_moe")
+            # Imported although it may be there: another thread may be half through, and half an aiter looks like an
+            # older one. The package first, because its module can be complete before it is.
+            return importlib.import_module("aiter"), importlib.import_module("aiter.fused_moe")
         except Exception as error:  # without ROCm it fails in many ways, not with ImportError alone
             installed = importlib.util.find_spec("aiter") is not None
             _IMPORT_FAILURE.append(
                 f"aiter does not import ({type(error).__name__}: {error})"
                 if installed
-                else "aiter is not installed (its distribution is amd-aiter; PyPI's aiter is another package)"
+                else "aiter is not installed (its distribution is amd-aiter; PyPI's aiter is another package), or was "
+                "not when this process first looked for it"
             )
     raise Unusable(_IMPORT_FAILURE[0])
 
@@ -214,7 +220,10 @@ def refuse(call: MoECall) -> str | None:
     if call.swiglu_limit is not None:
         return "swiglu_limit would be ignored"
     if call.expert_mask is not None:
-        return "expert_mask raises in these kernels, or is dropped"
+        return (
+            "expert_mask raises in these kernels, or is dropped; without it, give local topk_ids, and topk_weight 0 "
+            "where an expert is another rank's"
+        )
     if call.doweight_stage1:
         return "doweight_stage1 has no kernel that reads this layout"
     if call.hidden_scale is not None:
@@ -239,9 +248,9 @@ def _untuned(call: MoECall, installed: Installed) -> str | None:
         return None
     module, fused_moe = installed.probed.module, installed.probed.fused_moe
     w13, w2 = call.w13.geometry, call.w2.geometry
-    experts, topk = len(call.w13_qdata), call.topk_ids.shape[1]
+    experts, topk, padded = len(call.w13_qdata), call.topk_ids.shape[1], fused_moe.get_padded_M(tokens)
     found = fused_moe.get_2stage_cfgs(
-        fused_moe.get_padded_M(tokens),
+        padded,
         w2.padded_rows,
         w2.padded_columns,
         experts,
@@ -262,9 +271,8 @@ def _untuned(call: MoECall, installed: Installed) -> str | None:
     if era.tuned(found):
         return None
     return (
-        f"aiter (era {era.name}) has no tuned kernel that reads {era.kind.value!r} for {tokens} tokens, "
-        f"{experts} experts, "
-        f"hidden size {w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk}"
+        f"aiter (era {era.name}) has no tuned kernel that reads {era.kind.value!r} for {padded} tokens (padded), "
+        f"{experts} experts, hidden size {w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk}"
     )
 
 
@@ -283,20 +291,19 @@ def tagged_weight(qdata: Tensor, *, gate_up: bool, intermediate: int) -> Tensor:
 
 
 def run(call: MoECall) -> Tensor:
-    """Call ``aiter.fused_moe.fused_moe``.
+    """Call ``aiter.fused_moe.fused_moe`` with what :func:`refuse` does not refuse.
 
     Raises:
-        ValueError: a call that :func:`refuse` refuses, or weights that are not in the era's layout.
+        ValueError: weights that are not in the era's layout.
     """
-    reason = refuse(call)
-    if reason is not None:
-        raise ValueError(f"aiter cannot take this call: {reason}")
     installed = detect()
     era, probed = installed.era, installed.probed
     for name, found in (("w13", call.w13_kind), ("w2", call.w2_kind)):
         if found != era.kind.value:
             raise ValueError(f"aiter (era {era.name}) reads {era.kind.value!r}, but {name} is laid out as {found!r}")
     w13, w2 = call.w13.geometry, call.w2.geometry
+    if not len(call.hidden_states):  # as for a rank without requests; no era says that it takes an empty launch
+        return call.hidden_states.new_empty(0, w2.rows)
     hidden_pad, intermediate_pad = w2.padded_rows - w2.rows, w2.padded_columns - w2.columns
     arguments: dict[str, Any] = {"gate_mode": era.gate_mode} if "gate_mode" in probed.call else {}
     if "is_shuffled" in probed.call:

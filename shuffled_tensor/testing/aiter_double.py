@@ -55,6 +55,10 @@ _PARAMETERS = (
 _GATE_MODE = 'str gate_mode="separated"'
 _EARLY = (*_PARAMETERS, "float swiglu_limit=0.0", _GATE_MODE)
 _LATE = (*_PARAMETERS, "float? swiglu_limit=None", "float? beta=None", "float? linear_beta=None", _GATE_MODE)
+_LATEST = (
+    *_LATE, "SymInt ep_arena_handle=0", "SymInt ep_combine_input_offset=0", "SymInt ep_slot_stride_bytes=0",
+    "SymInt ep_max_tokens_per_rank=0", "SymInt ep_world_size=0", "Tensor? ep_source_token_map=None",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ CONTRACTS = {
     "C": Contract(_EARLY, ("is_ep",), ("mxfp4_moe_run",), True, "even"),
     "D": Contract(_EARLY, ("is_ep", "shuffle_kind"), ("_MXFP4_PORT_KIND", "mxfp4_moe_run"), True, "even"),
     "E": Contract(_EARLY, ("is_ep",), _STAGES, True, "even"),
-    "F": Contract(_LATE, _LATE_CONFIG, _STAGES, False, "round_up"),
+    "F": Contract(_LATEST, _LATE_CONFIG, _STAGES, False, "round_up"),
     "G": Contract((*_LATE, "bool? is_shuffled=None"), _LATE_CONFIG, _STAGES, False, "round_up"),
 }
 
@@ -223,6 +227,11 @@ def _read_scale(scale: Tensor, shape: torch.Size, reads: str, gate_up: bool) -> 
     return _raw(scale, experts)[:, offset]
 
 
+def _padded_tokens(tokens: int) -> int:
+    """`get_padded_M`: the number of tokens that tuned kernels are looked up by."""
+    return 1 << (tokens - 1).bit_length() if tokens < 32768 else 32768 if tokens < 131072 else 131072
+
+
 @contextmanager
 def aiter_double(era: str, *, tuned: bool = True) -> Iterator[Double]:
     """Inside, ``import aiter`` gives a double of one era, and ``torch.ops.aiter.fused_moe_`` is its operator.
@@ -327,7 +336,7 @@ def _modules(double: Double, contract: Contract, library: torch.library.Library)
     aiter.__path__ = []
     aiter.ActivationType, aiter.QuantType, aiter.fused_moe = ActivationType, QuantType, module  # type: ignore[attr-defined]
     module.fused_moe, module.fused_moe_ = fused_moe, torch.ops.aiter.fused_moe_  # type: ignore[attr-defined]
-    module.get_2stage_cfgs, module.get_padded_M = get_2stage_cfgs, lambda tokens: tokens  # type: ignore[attr-defined]
+    module.get_2stage_cfgs, module.get_padded_M = get_2stage_cfgs, _padded_tokens  # type: ignore[attr-defined]
     for name in contract.attributes:
         setattr(module, name, "mxfp4_moe" if name == "_MXFP4_PORT_KIND" else kernel)
     if contract.hip:
