@@ -9,27 +9,14 @@ New bytes are copied in while the refit is open, as RDMA would put them there. A
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from shuffle import KINDS, peak_extra_mib
+from shuffle import KINDS, peak_extra_mib, seconds
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, refit
 
-
-def seconds(run: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Median time of one run, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+REPEATS = 5
 
 
 def random_parts(experts: int, rows: int, k: int, device: str) -> tuple[Tensor, Tensor]:
@@ -66,13 +53,13 @@ def main() -> None:
         with refit(module):
             copy()
 
-    plain = seconds(copy, device)
+    plain = seconds(copy, device, REPEATS)
     print(f"{'copy of the bytes':24}{plain * 1e3:9.2f}{1:8.2f}x{peak_extra_mib(copy, device):16.1f}{'stable':>10}")
     expected = ShuffledMXFP4Tensor(*(part.clone() for part in new), gate_up=True, row_order="contiguous")
     for kind in KINDS:
         weight.shuffle_(kind)
         before = weight.qdata.data_ptr(), weight.scale.data_ptr()
-        time_, extra = seconds(refitted, device), peak_extra_mib(refitted, device)
+        time_, extra = seconds(refitted, device, REPEATS), peak_extra_mib(refitted, device)
         stable = (weight.qdata.data_ptr(), weight.scale.data_ptr()) == before
         assert weight.shuffle_kind is kind
         assert weight[:2].logical_checksum() == expected[:2].logical_checksum()

@@ -52,7 +52,7 @@ class Wrapper(Tensor):
     _storage: PackedStorage
     _window: Window
     _index: int | slice | None
-    """What takes this tensor's experts out of the storage's; None where they are all of them."""
+    """What takes this tensor's experts out of the storage's; None where it is all of the storage."""
     _views: dict[str, tuple[Tensor, Tensor]]
     """Of some of the experts: the storage's codes and scales, and the part of them that is this tensor's."""
     _carried: dict[str, Any]
@@ -74,10 +74,10 @@ class Wrapper(Tensor):
         experts = window.experts
         if rank == 2:
             self._index = experts[0]
-        elif len(experts) < storage.qdata.shape[0]:
-            self._index = slice(experts.start, experts.stop, experts.step)
-        else:
+        elif len(experts) == storage.qdata.shape[0] and storage.whole_rows(window):
             self._index = None
+        else:
+            self._index = slice(experts.start, experts.stop, experts.step)
         return self
 
     def _view(self, rank: int | None = None, **window: range) -> Self:
@@ -99,8 +99,6 @@ class Wrapper(Tensor):
                 "a view of rows or columns has no bytes of its own in memory; clone() it, or write to it with copy_"
             )
         data: Tensor = getattr(self._storage, part)
-        if self._index is None:
-            return data
         if not is_real(data):
             return data[self._index]
         # The same object each time, because dynamo tells the tensors in a tensor apart by what they are; and no fake
@@ -116,13 +114,13 @@ class Wrapper(Tensor):
     def qdata(self) -> Tensor:
         """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
         the storage."""
-        return self._own_bytes("qdata")
+        return self._storage.qdata if self._index is None else self._own_bytes("qdata")
 
     @property
     def scale(self) -> Tensor:
         """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
         the storage."""
-        return self._own_bytes("scale")
+        return self._storage.scale if self._index is None else self._own_bytes("scale")
 
     def data_ptr(self) -> int:
         """The address of the codes: it stays through shuffles and refits."""
@@ -191,10 +189,9 @@ class Wrapper(Tensor):
         # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
         storage = self._storage
         storage.check_readable()
-        if is_real(storage.qdata):
-            kind = backends.kind_at_first_use(self.device, storage.target)
-            if kind is not None:
-                storage.relayout_(kind)
+        kind = backends.kind_at_first_use(self.device, storage.target)
+        if kind not in (None, storage.kind) and is_real(storage.qdata):
+            storage.relayout_(kind)
         return ["qdata", "scale"], (storage.geometry, storage.kind, storage.target, self.dtype)
 
     @classmethod
