@@ -94,11 +94,13 @@ class Wrapper(Tensor):
         return not self._storage.whole_rows(self._window)
 
     def _own_bytes(self, part: str) -> Tensor:
+        data: Tensor = getattr(self._storage, part)
+        if self._index is None:
+            return data
         if self.is_part_of_experts:
             raise ValueError(
                 "a view of rows or columns has no bytes of its own in memory; clone() it, or write to it with copy_"
             )
-        data: Tensor = getattr(self._storage, part)
         if not is_real(data):
             return data[self._index]
         # The same object each time, because dynamo tells the tensors in a tensor apart by what they are; and no fake
@@ -114,13 +116,13 @@ class Wrapper(Tensor):
     def qdata(self) -> Tensor:
         """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
         the storage."""
-        return self._storage.qdata if self._index is None else self._own_bytes("qdata")
+        return self._own_bytes("qdata")
 
     @property
     def scale(self) -> Tensor:
         """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
         the storage."""
-        return self._storage.scale if self._index is None else self._own_bytes("scale")
+        return self._own_bytes("scale")
 
     def data_ptr(self) -> int:
         """The address of the codes: it stays through shuffles and refits."""
