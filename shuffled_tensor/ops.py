@@ -121,6 +121,7 @@ def _lower(
     hidden_scale: Tensor | None = None,
     *options: Any,
 ) -> Tensor:
+    """A layer of experts, computed from the packed bytes by the backend that :func:`shuffled_tensor.explain` names."""
     arguments = (hidden_states, w13, w2, topk_weight, topk_ids, out_dtype, backend, hidden_scale, *options)
     call, choice = plan(*arguments)
     storages = [weight._storage for weight in (w13, w2) if isinstance(weight, ShuffledMXFP4Tensor)]
