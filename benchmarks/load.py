@@ -28,7 +28,7 @@ from torch import Tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, convert, load_experts
 
 PREFIX = "model.layers.0.mlp.experts"
-REPEATS = 3
+REPEATS = 5
 
 
 def random_bytes(*shape: int) -> Tensor:
@@ -77,26 +77,25 @@ def anonymous_mib() -> float:
     return next(int(line.split()[1]) / 2**10 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-def measure(run: Callable[[Path], list[Tensor]], path: Path, results: Any) -> None:
-    """Median seconds, and the peak of anonymous memory beyond what the result holds."""
+def measure(run: Callable[[Path], list[Tensor]], small: Path, path: Path, results: Any) -> None:
+    """Seconds of a first run, in memory that nobody has used before, and the peak of anonymous memory beyond what its
+    result holds."""
+    run(small)  # imports, and what torch sets up once
     before, peak, done = anonymous_mib(), 0.0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.002):
+        while not done.wait(0.005):
             peak = max(peak, anonymous_mib())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    held = sum(tensor.nbytes for tensor in run(path)) / 2**20
+    start = time.perf_counter()
+    held = run(path)
+    seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run(path)
-        times.append(time.perf_counter() - start)
-    results.put((statistics.median(times), max(0.0, peak - before - held)))
+    results.put((seconds, max(0.0, peak - before - sum(tensor.nbytes for tensor in held) / 2**20)))
 
 
 def main() -> None:
@@ -117,15 +116,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for write in (write_quark, write_gpt_oss):
             name = write.__name__.removeprefix("write_")
-            path = Path(folder, f"{name}.safetensors")
+            path, small = Path(folder, f"{name}.safetensors"), Path(folder, f"{name}-small.safetensors")
             write(path, *sizes)
+            write(small, 1, 256, 256)
             base = None
             for label, run in (("load_file and a copy", plain), ("load_experts", loaded), ("convert", converted)):
                 results = context.Queue()
-                process = context.Process(target=measure, args=(run, path, results))
-                process.start()
-                seconds, extra = results.get()
-                process.join()
+                for _ in range(REPEATS):
+                    process = context.Process(target=measure, args=(run, small, path, results))
+                    process.start()
+                    process.join()
+                runs = [results.get() for _ in range(REPEATS)]
+                seconds, extra = statistics.median(run[0] for run in runs), max(run[1] for run in runs)
                 base = base or seconds
                 print(f"{name + ', ' + label:36}{seconds:8.2f}{seconds / base:9.2f}x{extra:16.1f}")
             for file in Path(folder).iterdir():

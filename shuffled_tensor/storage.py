@@ -105,12 +105,17 @@ class PackedStorage:
         return cls(qdata, scale, geometry, target=target)
 
     @classmethod
-    def zeros(cls, experts: int, geometry: Geometry, device: torch.device, kind: ShuffleKind) -> PackedStorage:
-        """Zero codes with scales of 1, which any layout leaves as they are."""
-        shape = experts, geometry.padded_rows, geometry.padded_columns
-        qdata = torch.zeros(*shape[:2], shape[2] // PER_BYTE["qdata"], dtype=torch.uint8, device=device)
-        scale = torch.full((*shape[:2], shape[2] // PER_BYTE["scale"]), PAD["scale"], dtype=torch.uint8, device=device)
-        return cls(qdata, scale, geometry, kind)
+    def empty(cls, experts: int, geometry: Geometry, device: torch.device, kind: ShuffleKind) -> PackedStorage:
+        """Bytes that are to be written whole; none has a value yet but the pads of row-major ones."""
+        shape = experts, geometry.padded_rows
+        qdata, scale = (
+            torch.empty(*shape, geometry.padded_columns // per_byte, dtype=torch.uint8, device=device)
+            for per_byte in PER_BYTE.values()
+        )
+        storage = cls(qdata, scale, geometry, kind)
+        if kind is ShuffleKind.NONE:  # in any other layout they are written with the rest
+            storage._rewrite_pads()
+        return storage
 
     def with_bytes(self, qdata: Tensor, scale: Tensor) -> PackedStorage:
         """Other bytes in the same layout: a copy, another device, some of the experts."""

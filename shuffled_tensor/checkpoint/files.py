@@ -184,9 +184,12 @@ class Files:
             raise CheckpointError(f"{name} in {self.file(name)} is {found!r}; known: {', '.join(DTYPES)}")
         return DTYPES[found]
 
-    def read(self, name: str, *index: int | slice) -> Tensor:
-        """Part of a tensor, on the CPU, in memory of its own: ``index`` is one number for each of the first dimensions
-        and then perhaps a slice, without a step, of the next one.
+    def read(self, name: str, *index: int | slice, out: Tensor | None = None) -> Tensor:
+        """Part of a tensor, on the CPU: ``index`` is one number for each of the first dimensions and then perhaps a
+        slice, without a step, of the next one.
+
+        Args:
+            out: bytes to read into, or values of the tensor's dtype, as many as are read; else memory of its own.
 
         Raises:
             CheckpointError: a dtype that torch does not have, or bytes that cannot be read.
@@ -200,15 +203,19 @@ class Files:
             else:
                 rows = range(shape[0])[place]
                 start, shape = start + rows.start * row, (len(rows), *shape[1:])
-        data = torch.empty(dtype.itemsize * math.prod(shape), dtype=torch.uint8, device="cpu")
-        try:
-            self._open[stored.file].seek(start)
-            found = self._open[stored.file].readinto(_memory(data))  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"{name} in {stored.file} cannot be read: {error}") from error
-        if found != data.nbytes:
-            raise CheckpointError(f"{name} in {stored.file} cannot be read: the file has become shorter")
-        return data.view(dtype).view(shape)
+        direct = out is not None and out.is_contiguous()
+        data = out if direct else torch.empty(shape, dtype=dtype, device="cpu")
+        assert data is not None
+        done, memory = 0, memoryview(_memory(data))
+        while done < data.nbytes:  # of more than 2 GiB, the kernel reads a part
+            try:
+                found = os.preadv(self._open[stored.file].fileno(), [memory[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{name} in {stored.file} cannot be read: {error}") from error
+            if not found:
+                raise CheckpointError(f"{name} in {stored.file} cannot be read: the file has become shorter")
+            done += found
+        return data if direct or out is None else out.copy_(data.view(out.dtype).view(out.shape))
 
     def part(self, name: str) -> Part:
         """A whole tensor, to be written elsewhere."""

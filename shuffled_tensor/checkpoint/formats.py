@@ -38,6 +38,9 @@ _CODE_DTYPES = (torch.uint8, torch.int8)
 _SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 _PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+_CACHED = 2**20
+"""Bytes of interleaved rows that are read at a time: parting them costs little while they are in a CPU's cache."""
+
 
 class Format(NamedTuple):
     """A row of :data:`FORMATS`."""
@@ -127,24 +130,35 @@ class Weight:
         Raises:
             CheckpointError: the bytes cannot be read.
         """
-        pieces = self.pieces(part, expert, span)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        halves, rows = (2, len(span)) if self.gate_up else (1, self.shape[1])
+        columns = self.shape[2] if self.gate_up else len(span)
+        packed = self.quantized and part != "bias"
+        shape = (halves, rows) if part == "bias" else (halves, rows, columns // (PER_BYTE[part] if packed else 1))
+        dtype = torch.uint8 if packed else self.files.dtype(next(iter(self.tensors[part].values())))
+        out = torch.empty(shape, dtype=dtype, device="cpu")
+        self.read_into(out, part, expert, span)
+        return out.flatten(0, 1)
 
-    def pieces(self, part: str, expert: int, span: range) -> list[Tensor]:
-        """What :meth:`read` returns, in pieces one behind the other, not yet copied together."""
+    def read_into(self, out: Tensor, part: str, expert: int, span: range) -> None:
+        """:meth:`read`, with the rows of each half to be written to ``out[half]``, on the CPU."""
         if not self.gate_up:
-            data = self._rows(part, expert)
             per_byte = PER_BYTE[part] if self.quantized and part != "bias" else 1
-            return [data if part == "bias" else data[:, slice_of(span, per_byte)]]
-        if self.row_order == "interleaved":
-            rows = self._rows(part, expert, rows=slice(2 * span.start, 2 * span.stop))
-            return [rows[0::2], rows[1::2]]
-        if self.row_order == "apart":
-            return [self._rows(part, expert, half, slice_of(span)) for half in (0, 1)]
-        if len(span) == self.intermediate:
-            return [self._rows(part, expert)]
-        starts = (span.start, self.intermediate + span.start)
-        return [self._rows(part, expert, rows=slice(start, start + len(span))) for start in starts]
+            if part == "bias" or len(span) == self.intermediate:
+                self._rows(part, expert, out=out[0])
+            else:
+                out[0].copy_(self._rows(part, expert)[:, slice_of(span, per_byte)])
+        elif self.row_order == "interleaved":
+            step = max(1, _CACHED // out[:, :1].nbytes)
+            for start in range(0, len(span), step):
+                of = span[start : start + step]
+                rows = self._rows(part, expert, rows=slice(2 * of.start, 2 * of.stop))
+                out[:, start : start + step].copy_(rows.unflatten(0, (-1, 2)).transpose(0, 1))
+        elif self.row_order == "apart":
+            for half in (0, 1):
+                self._rows(part, expert, half, slice_of(span), out=out[half])
+        else:
+            for half, start in enumerate((span.start, self.intermediate + span.start)):
+                self._rows(part, expert, rows=slice(start, start + len(span)), out=out[half])
 
     def checksum(self) -> str:
         """Of the logical value as it is stored."""
@@ -152,20 +166,24 @@ class Weight:
         parts = ("qdata", "scale")
         return checksum(self.shape, (self.read(part, e, span) for e in range(self.shape[0]) for part in parts))
 
-    def _rows(self, part: str, expert: int, half: int = 0, rows: slice = slice(None)) -> Tensor:
-        """Rows of one tensor as plain values, or as bytes."""
+    def _rows(
+        self, part: str, expert: int, half: int = 0, rows: slice = slice(None), out: Tensor | None = None
+    ) -> Tensor:
+        """Rows of one tensor as plain values, or as bytes; in ``out``, where one is given."""
         stacked = (None, 0) in self.tensors[part]
         name = self.tensors[part][None if stacked else expert, half]
         index = (expert, rows) if stacked else (rows,)
-        if not self.quantized or part not in PER_BYTE:
-            return self.files.read(name, *index)
-        if self.entry is None or self.entry.kind is ShuffleKind.NONE:
-            data = self.files.read(name, *index).view(torch.uint8)
+        if self.entry is None or self.entry.kind is ShuffleKind.NONE or part not in PER_BYTE:
+            data = self.files.read(name, *index, out=out)
+            if data is out or not self.quantized or part == "bias":
+                return data
+            data = data.view(torch.uint8)
             return data.flatten(1) if part == "qdata" else data  # blocks come as [N, K/32, 16]
         data = self.files.read(name, *index[:-1]).view(torch.uint8)
         unshuffle = unshuffle_weight if part == "qdata" else unshuffle_scale
         data = unshuffle(data, self.entry.kind, gate_up=self.gate_up)
-        return self.entry.geometry.halves_of(data.unsqueeze(0)).flatten(0, 2)[rows]
+        data = self.entry.geometry.halves_of(data.unsqueeze(0)).flatten(0, 2)[rows]
+        return data if out is None else out.copy_(data)
 
 
 class Layer(NamedTuple):

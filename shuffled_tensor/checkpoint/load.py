@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,7 +161,7 @@ def _empty(weight: Weight, shape: tuple[int, int, int], device: torch.device | s
         return torch.empty(shape, dtype=weight.dtype, device=device)
     kind = ShuffleKind.NONE if weight.entry is None else weight.entry.kind
     geometry = Geometry(shape[1], shape[2], weight.gate_up)
-    storage = PackedStorage.zeros(shape[0], geometry, torch.device(device), kind)
+    storage = PackedStorage.empty(shape[0], geometry, torch.device(device), kind)
     storage.target = None if weight.entry is None else weight.entry.shuffle_kind
     return ShuffledMXFP4Tensor._wrap(storage, storage.whole(range(shape[0])), 3, weight.dtype)
 
@@ -197,19 +197,32 @@ def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Expert
 def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
     """Read a rank's part of a weight into a tensor, expert by expert. If that ends early, a packed one refuses to be
     used."""
-    with tensor.writing() if isinstance(tensor, ShuffledMXFP4Tensor) else nullcontext():
+    if not isinstance(tensor, ShuffledMXFP4Tensor):
         for place, expert in enumerate(cut.experts):
-            if not isinstance(tensor, ShuffledMXFP4Tensor):
-                tensor.data[place].copy_(weight.read("qdata", expert, cut.span))
-                continue
-            storage, window = tensor._storage, tensor[place : place + 1]._window  # type: ignore[attr-defined]
-            # row-major bytes are copied where they belong; a layout is made of all rows at once
-            read = weight.pieces if storage.kind is ShuffleKind.NONE else lambda *of: [weight.read(*of)]
-            start = window.rows.start
-            for codes, scale in zip(*(read(part, expert, cut.span) for part in PER_BYTE), strict=True):
-                rows = range(start, start + len(codes))
-                storage.write(window._replace(rows=rows), codes.unsqueeze(0), scale.unsqueeze(0))
-                start = rows.stop
+            tensor.data[place].copy_(weight.read("qdata", expert, cut.span))
+        return
+    storage, experts = tensor._storage, tensor._window.experts
+    with tensor.writing():
+        if storage.kind is ShuffleKind.NONE and storage.qdata.device.type == "cpu" and not tensor.is_part_of_experts:
+            _read_into(weight, cut, storage, experts)
+            return
+        for own, expert in zip(experts, cut.experts, strict=True):
+            codes, scale = (weight.read(part, expert, cut.span).unsqueeze(0) for part in PER_BYTE)
+            storage.write(tensor._window._replace(experts=range(own, own + 1)), codes, scale)
+
+
+def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range) -> None:
+    """Read the file's bytes to where they belong, in several threads: a new tensor's pages are made while they are
+    written."""
+
+    def read(own: int, expert: int) -> None:
+        with torch.no_grad(), torch.inference_mode(storage.qdata.is_inference()):
+            for part, data in zip(PER_BYTE, storage.select(range(own, own + 1)), strict=True):
+                weight.read_into(storage.geometry.halves_of(data)[0], part, expert, cut.span)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(read, experts, cut.experts):
+            pass
 
 
 def _verify(weight: Weight, checksum: Callable[[], str]) -> None:
