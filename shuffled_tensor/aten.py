@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.checks import check_logical_dtype
+from shuffled_tensor.refusals import refuse
 from shuffled_tensor.storage import PackedStorage, locked
 from shuffled_tensor.tensor import ShuffledMXFP4Tensor
 from shuffled_tensor.wrapper import implements
@@ -26,7 +27,6 @@ copies = partial(implements, group="A copy, in the same layout")
 writes = partial(implements, group="New values, written in whatever layout the tensor has")
 reads = partial(implements, group="Read as plain values, dequantised for the call")
 beside = partial(implements, group="Plain tensors beside it, and facts about it")
-refused = partial(implements, group="Refused")
 
 _AXES = ("experts", "rows", "columns")
 
@@ -87,7 +87,7 @@ def as_strided(
 ) -> ShuffledMXFP4Tensor:
     """The tensor as it is, which FSDP2 asks for; other sizes or strides are refused."""
     if (tuple(size), tuple(stride), storage_offset or 0) != (self.shape, self.stride(), 0):
-        _refuse("takes other sizes or strides than those", "slice it", aten.as_strided.default)
+        refuse("takes other sizes or strides than those", "slice it", aten.as_strided.default)
     return self._view()
 
 
@@ -367,122 +367,6 @@ def record_stream(self: ShuffledMXFP4Tensor, stream: torch.Stream) -> None:
     """Of the packed bytes: their memory is not given away before the stream has done with it."""
     self._storage.qdata.record_stream(stream)
     self._storage.scale.record_stream(stream)
-
-
-# --- refused, with what to do instead
-
-REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload | str, ...], str]] = {
-    "changes size or memory under the layout": (
-        (
-            aten.set_.source_Tensor,
-            aten.set_.source_Storage,
-            aten.set_.source_Storage_storage_offset,
-            aten.set_.default,
-            aten.resize_.default,
-            aten.resize_as_.default,
-            aten.as_strided_.default,
-            aten.t_.default,
-            aten.transpose_.default,
-            aten.unsqueeze_.default,
-            aten.squeeze_.default,
-            aten.view.dtype,
-        ),
-        "make a new tensor, or write values with copy_",
-    ),
-    "computes in place": (
-        (
-            aten.add_.Tensor,
-            aten.sub_.Tensor,
-            aten.mul_.Tensor,
-            aten.div_.Tensor,
-            aten.lerp_.Scalar,
-            aten.clamp_.default,
-            aten.nan_to_num_.default,
-            aten.masked_fill_.Scalar,
-            aten.index_fill_.int_Scalar,
-            aten.index_add_.default,
-            aten.scatter_.src,
-            aten.scatter_.value,
-            aten.normal_.default,
-            aten.uniform_.default,
-            aten.random_.default,
-        ),
-        "compute on .dequantize(), and copy_ the result back, which quantises it",
-    ),
-    "computes elementwise": (
-        (
-            aten.add.Tensor,
-            aten.sub.Tensor,
-            aten.mul.Tensor,
-            aten.div.Tensor,
-            aten.neg.default,
-            aten.abs.default,
-            aten.eq.Tensor,
-            aten.ne.Tensor,
-            aten.isnan.default,
-            aten.isinf.default,
-            aten.nan_to_num.default,
-            aten.clamp.default,
-            aten.where.self,
-            aten.masked_fill.Scalar,
-            aten.sum.default,
-            aten.mean.default,
-            aten.max.default,
-            aten.min.default,
-            aten.any.default,
-            aten.all.default,
-            aten.linalg_vector_norm.default,
-            aten._foreach_norm.Scalar,
-            aten._local_scalar_dense.default,
-        ),
-        "call .dequantize() for a plain tensor; torch.equal and torch.allclose compare values",
-    ),
-    "arranges values anew": (
-        (
-            aten.repeat.default,
-            aten.flip.default,
-            aten.roll.default,
-            aten.gather.default,
-            aten.scatter.src,
-            aten.scatter.value,
-            aten.constant_pad_nd.default,
-            aten.unfold.default,
-            aten.ones_like.default,
-            aten.full_like.default,
-            aten.rand_like.default,
-            aten.randn_like.default,
-            aten._to_sparse.default,
-        ),
-        "pick experts with an index, or call .dequantize()",
-    ),
-    "multiplies experts by groups of tokens": (
-        (aten._grouped_mm.default,),
-        "call shuffled_tensor.fused_moe",
-    ),
-    "sends or receives values": (
-        (
-            "c10d::broadcast_",
-            "c10d::allreduce_",
-            "c10d::allgather_",
-            "c10d::_allgather_base_",
-            "c10d::scatter_",
-            "c10d::send",
-            "c10d::recv_",
-        ),
-        "send .qdata and .scale, to a rank that holds the same layout",
-    ),
-}
-
-
-def _refuse(why: str, remedy: str, operator: torch._ops.OpOverload | str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise NotImplementedError(
-        f"{operator} {why} of a ShuffledMXFP4Tensor, whose bytes are packed MXFP4: {remedy}; .dequantize() is plain"
-    )
-
-
-for _why, (_operators, _remedy) in REFUSED.items():
-    for _key in _operators:
-        refused(_key)(partial(_refuse, _why, _remedy, _key))
 
 
 # --- helpers

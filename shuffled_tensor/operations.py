@@ -9,7 +9,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from shuffled_tensor.aten import REFUSED
+from shuffled_tensor.refusals import REFUSED
 from shuffled_tensor.wrapper import GROUPS, OPERATIONS
 
 __all__ = ["page"]
@@ -27,7 +27,7 @@ operator that is not here raises `NotImplementedError` and names `.dequantize()`
 def page() -> str:
     """The Markdown of docs/OPERATIONS.md."""
     lines = [_HEAD]
-    for group, operators in GROUPS.items():
+    for group, operators in sorted(GROUPS.items(), key=lambda item: item[0] == "Refused"):
         lines += [f"## {group}\n", "| operators | what happens |", "|---|---|"]
         for does, rows in groupby(operators, lambda operator: _does(OPERATIONS[operator])):
             lines.append(f"| {', '.join(f'`{row}`' for row in rows)} | {does} |")
