@@ -71,3 +71,7 @@ def __getattr__(name: str) -> object:
     from shuffled_tensor import checkpoint
 
     return getattr(checkpoint, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

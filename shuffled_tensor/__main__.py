@@ -11,6 +11,7 @@ from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.picture import picture
 from shuffled_tensor.report import doctor
 
+_FORMATS = ["gpt-oss", "quark", "compressed-tensors", "deepseek", "shuffled_tensor"]
 _KINDS = [kind.value for kind in ShuffleKind if kind is not ShuffleKind.NONE]
 
 
@@ -29,14 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m shuffled_tensor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m shuffled_tensor", description="MXFP4 expert weights: checkpoints and layouts"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="a table of the MXFP4 weights in a checkpoint, and their problems")
     inspect.add_argument("path", help="a safetensors file, or a directory of them")
     inspect.set_defaults(run=_inspect)
 
-    verify = commands.add_parser("verify", help="compare every weight with its checksum; exit 1 where one is damaged")
+    verify = commands.add_parser(
+        "verify", help="compare every weight with its checksum; exit 1 where one is damaged, or none has one"
+    )
     verify.add_argument("path", help="a safetensors file, or a directory of them")
     verify.set_defaults(run=_verify)
 
@@ -44,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="a safetensors file, or a directory of them")
     convert.add_argument("destination", help="the safetensors file to write")
     convert.add_argument("--layout", choices=["canonical", *_KINDS], default="canonical", help="of the bytes written")
+    convert.add_argument("--format", choices=["auto", *_FORMATS], default="auto", help="of the source")
     convert.set_defaults(run=_convert)
 
     show = commands.add_parser("show", help="a picture (SVG) of where each run of 16 bytes of a small weight lands")
@@ -81,13 +87,13 @@ def _verify(options: argparse.Namespace) -> bool:
     recorded = sum(finding.recorded for finding in findings)
     damaged = sum(bool(finding.problems) for finding in findings)
     print(f"{len(findings)} weights read, {recorded} compared with a checksum, {damaged} with problems")
-    return damaged > 0
+    return damaged > 0 or recorded == 0
 
 
 def _convert(options: argparse.Namespace) -> bool:
     from shuffled_tensor.checkpoint.conversion import convert
 
-    convert(options.source, options.destination, layout=options.layout)
+    convert(options.source, options.destination, layout=options.layout, format=options.format)
     return False
 
 

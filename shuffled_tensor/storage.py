@@ -210,7 +210,6 @@ class PackedStorage:
     def close_refit(self) -> None:
         """Take the row-major bytes for the new values, with their pads, and lay them out as they were before."""
         with self._lock:
-            self._rewrite_pads()
             self._recover()
 
     def abandon_refit(self, error: BaseException) -> None:
@@ -223,9 +222,7 @@ class PackedStorage:
             if self.trouble == _REFIT_OPEN:
                 raise RuntimeError("a refit is open, and says what the bytes are when it ends")
             self.kind = kind
-            if kind is ShuffleKind.NONE:
-                self._rewrite_pads()
-            else:
+            if kind is not ShuffleKind.NONE:
                 self.refit_kind = None
             self._recover()
 
@@ -250,6 +247,8 @@ class PackedStorage:
 
     def _recover(self) -> None:
         """The bytes are a weight in `kind` again; bring them into the kind that they should have."""
+        if self.kind is ShuffleKind.NONE:
+            self._rewrite_pads()
         self.trouble = None
         kind = self.refit_kind or self.pinned
         if kind is not None:

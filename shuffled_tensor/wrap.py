@@ -58,16 +58,17 @@ def wrap_experts_(
     """
     gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
     weights = [
-        (owner, prefix, id(getattr(owner, names[0])), *names)
+        (owner, prefix, _place(getattr(owner, names[0])), *names)
         for owner, prefix in _owners(module, w13, w2, w13_scale, w2_scale)
         for names in ((w13, w13_scale, gate_up), (w2, w2_scale, down))
     ]
     check_logical_dtype(dtype)
     target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
-    for owner, prefix, _, name, scale, order in weights:
+    scales: dict[object, object] = {}
+    for owner, prefix, tied, name, scale, order in weights:
         with _naming(f"{prefix}{name}"):
             codes: Tensor = getattr(owner, name)
-            tags = [tag for tag in _TAGS if getattr(codes, tag, False)]
+            tags = [tag for tag in _TAGS for part in (codes, getattr(owner, scale)) if getattr(part, tag, False)]
             if tags:
                 raise ValueError(
                     f"it is tagged {tags[0]}, so its bytes are not row-major; wrap weights before an engine shuffles "
@@ -75,7 +76,15 @@ def wrap_experts_(
                 )
             check_parts(codes, getattr(owner, scale))
             check_row_order(**order, rows=codes.shape[-2])
-    made: dict[int, nn.Parameter] = {}  # a weight that two modules share stays shared
+            own = _place(getattr(owner, scale))
+            if scales.setdefault(tied, own) != own:
+                raise ValueError(
+                    "its codes are also another weight's, whose scales are others; clone() the codes of one"
+                )
+    for owner, prefix in _owners(module, w13, w2, w13_scale, w2_scale):
+        rows, half = (getattr(owner, name).shape for name in (w13, w2))
+        _check_pair(prefix, w13, (*rows[:-1], 2 * rows[-1]), w2, (*half[:-1], 2 * half[-1]))
+    made: dict[object, nn.Parameter] = {}  # a weight that two modules share stays shared
     for owner, _, tied, name, scale, order in weights:
         if tied not in made:
             codes = getattr(owner, name)
@@ -118,7 +127,7 @@ def quantize_experts_(
     """
     gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
     weights = [
-        (owner, prefix, id(getattr(owner, names[0])), *names)
+        (owner, prefix, _place(getattr(owner, names[0])), *names)
         for owner, prefix in _owners(module, w13, w2)
         for names in ((w13, gate_up), (w2, down))
     ]
@@ -134,7 +143,9 @@ def quantize_experts_(
             check_logical_dtype(values.dtype)
             mxfp4.check_quantizable(values, scale_rule)
             check_row_order(**order, rows=values.shape[-2])
-    made: dict[int, nn.Parameter] = {}  # a weight that two modules share stays shared
+    for owner, prefix in _owners(module, w13, w2):
+        _check_pair(prefix, w13, getattr(owner, w13).shape, w2, getattr(owner, w2).shape)
+    made: dict[object, nn.Parameter] = {}  # a weight that two modules share stays shared
     for owner, _, tied, name, order in weights:
         if tied not in made:
             values = getattr(owner, name)
@@ -156,6 +167,23 @@ def _owners(module: nn.Module, *names: str) -> list[tuple[nn.Module, str]]:
     return found
 
 
+def _place(data: Tensor) -> object:
+    """What tells tensors apart by their memory, however often it was wrapped in a Parameter."""
+    if data.is_meta:
+        return id(data)
+    return data.data_ptr(), data.shape, data.stride()
+
+
+def _check_pair(prefix: str, w13: str, rows: tuple[int, ...], w2: str, half: tuple[int, ...]) -> None:
+    """Raise ValueError where two logical shapes are not those of one layer."""
+    expected = (*rows[:-2], rows[-1], rows[-2] // 2)
+    if tuple(half) != expected:
+        raise ValueError(
+            f"{prefix}{w2}: for {w13} of shape {list(rows)}, [..., 2I, K], it must be [..., K, I] = {list(expected)}, "
+            f"found {list(half)}; weights held transposed, as some of transformers' are, must be transposed first"
+        )
+
+
 @contextmanager
 def _naming(parameter: str) -> Iterator[None]:
     """Errors inside name the parameter."""
@@ -169,6 +197,8 @@ def _parameter(old: Tensor, packed: ShuffledMXFP4Tensor) -> nn.Parameter:
     """What stands in for `old`, with the attributes that others set on it."""
     parameter = nn.Parameter(packed, requires_grad=False)
     parameter.__dict__.update({name: value for name, value in vars(old).items() if name not in _TAGS})
+    if hasattr(old, "weight_loader"):  # of vLLM's own classes it is a property
+        parameter.weight_loader = old.weight_loader  # type: ignore[attr-defined]
     return parameter
 
 

@@ -106,7 +106,7 @@ layers.0.ffn.experts  deepseek                                   layers.0.ffn.ex
 
 def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "ours.safetensors"]) == 0
-    assert main(["verify", "deepseek.safetensors"]) == 0
+    assert main(["verify", "deepseek.safetensors"]) == 1  # it has nothing to be compared with
     assert_expected_inline(
         capsys.readouterr().out,
         """\
@@ -172,3 +172,12 @@ def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert main(["verify", "ours.safetensors"]) == 1
     assert capsys.readouterr().err == "error: safetensors is missing: pip install 'shuffled_tensor[checkpoint]'\n"
     assert isinstance(make_weight("w2"), ShuffledMXFP4Tensor)  # the rest works
+
+
+def test_every_weight_of_a_mixed_folder_is_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(folder / "deepseek.safetensors", "layers.0.ffn.experts.2.w3.scale", 255)
+    assert main(["inspect", "."]) == 1
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(names[1:]) == [
+        *(f"{layer}.{which}" for layer in ("layers.0.ffn.experts", LAYER) for which in ("w13_weight", "w2_weight"))
+    ]

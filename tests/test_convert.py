@@ -18,12 +18,12 @@ from safetensors.torch import load_file as load_plain
 from safetensors.torch import save_file as save_plain
 from torch import Tensor
 
-from shuffled_tensor import CheckpointError, convert, load_experts, load_file
-from shuffled_tensor.checkpoint import files
+from shuffled_tensor import CheckpointError, convert, load_experts, load_file, save_file
+from shuffled_tensor.checkpoint import conversion, files
 from shuffled_tensor.checkpoint.files import Files
 
 from .helpers import coded, dense, moderate_scales
-from .moe_layer import EXPERTS, HIDDEN, INTERMEDIATE, weight_parts
+from .moe_layer import EXPERTS, HIDDEN, INTERMEDIATE, make_weight, weight_parts
 from .test_layouts import by_formula
 
 LAYOUTS = ("canonical", "mxfp4_moe", "mxfp4_separated")
@@ -110,6 +110,70 @@ def test_from_one_layout_to_another(first: str, second: str, source: Path, tmp_p
     convert(source, between, layout=first)
     convert(between, after, layout=second)
     assert after.read_bytes() == direct.read_bytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_our_own_files_keep_what_they_say(layout: str, tmp_path: Path) -> None:
+    """The kinds that weights were made for, weights that are no layer's, biases, and metadata of others."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    tensors = {
+        "w13_weight": make_weight("w13", kind="mxfp4_moe"),
+        "w2_weight": make_weight("w2"),
+        "extra": make_weight("w2")[1].clone(),
+        "w2_bias": torch.ones(EXPERTS, HIDDEN),
+    }
+    save_file(tensors, first, {"mine": "kept"}, layout="as_is")
+    convert(first, second, layout=layout)
+    loaded = load_file(second)
+    assert sorted(loaded) == sorted(tensors)
+    assert loaded["w13_weight"]._storage.target == "mxfp4_moe"
+    assert loaded["w2_weight"]._storage.target is None
+    for name, which in (("w13_weight", "w13"), ("w2_weight", "w2")):
+        assert torch.equal(loaded[name].dequantize(torch.float64), dense(*weight_parts(which)))
+    assert torch.equal(loaded["extra"].dequantize(torch.float64), dense(*weight_parts("w2"))[1])
+    assert torch.equal(loaded["w2_bias"], tensors["w2_bias"])
+    with Files(second) as files_:
+        assert files_.metadata(second)["mine"] == "kept"
+
+
+def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is refused, also where the first has just given the file its name."""
+    destination = tmp_path / "converted.safetensors"
+    read, tried = Files.read, []
+
+    def another(self: Files, name: str, *index: Any, **into: Tensor) -> Tensor:
+        if not tried:
+            tried.append(name)
+            with pytest.raises(BlockingIOError, match="another run is writing .*partial"):
+                convert(source, destination)
+        return read(self, name, *index, **into)
+
+    monkeypatch.setattr(Files, "read", another)
+    convert(source, destination)
+    assert tried
+    partial = tmp_path / "late.safetensors.partial"
+    partial.write_bytes(b"")
+    with open(partial, "r+b") as file:
+        partial.rename(tmp_path / "late.safetensors")
+        with pytest.raises(BlockingIOError, match="or just has"):
+            files._lock(file, partial)
+
+
+def test_another_source_of_the_same_shapes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun from one is not taken for the other, also where a name only begins like a weight's."""
+    other, destination = tmp_path / "other.safetensors", tmp_path / "converted.safetensors"
+    name = f"{LAYER}.experts.w13_weight.input_scale"
+    save_plain(quark() | {name: torch.ones(2)}, source)
+    save_plain(quark() | {name: torch.zeros(2)}, other)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(conversion, "_compared", lambda weights, parts, partial: dict.fromkeys(weights, "0" * 64))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, destination)
+    with pytest.raises(CheckpointError, match=f"{name} was damaged while it was written"):
+        convert(other, destination)
+    convert(other, destination)
+    assert torch.equal(load_plain(destination)[name], torch.zeros(2))
 
 
 def test_what_is_refused_leaves_nothing(source: Path, tmp_path: Path) -> None:

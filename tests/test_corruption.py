@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file as plain_save_file
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor
+from shuffled_tensor import ShuffledMXFP4Tensor, refit
 from shuffled_tensor.checkpoint import CheckpointError, load_experts, load_file, save_file
 from shuffled_tensor.checkpoint import files as files_module
 from shuffled_tensor.checkpoint.files import Files
@@ -627,7 +627,65 @@ def test_a_disk_that_cannot_be_read(kind: str, tmp_path: Path, monkeypatch: pyte
     assert_half_loaded(model, kind)
 
 
+def test_biases_of_two_dtypes(tmp_path: Path) -> None:
+    """What is read raw is of one dtype; the bytes of another one would be garbage, or another tensor's."""
+    path = tmp_path / "model.safetensors"
+    biases = {
+        f"{NAME}.{expert}.down_proj.bias": torch.ones(64, dtype=dtype)
+        for expert, dtype in enumerate((torch.bfloat16, torch.float32))
+    }
+    plain_save_file(quark() | biases, path)
+    with pytest.raises(CheckpointError, match=r"1\.down_proj\.bias in .* is torch\.float32, not torch\.bfloat16"):
+        load_experts(path)
+
+
+def test_targets_that_cannot_hold_the_values(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    biases = {f"{NAME}.{expert}.down_proj.bias": torch.ones(64) for expert in range(2)}
+    plain_save_file(quark() | biases, path)
+    for bias, message in (
+        (torch.ones(2, 64, dtype=torch.int8), "must be floating point, found torch.int8"),
+        (torch.ones(2, 64, device="meta"), "is on the meta device"),
+    ):
+        model = module_of({NAME: DENSE}, bias=False)
+        model.get_submodule(NAME).w2_bias = nn.Parameter(bias, requires_grad=False)
+        before = snapshot(nn.ParameterList([model.get_submodule(NAME).w13_weight]))
+        with pytest.raises(ValueError, match=f"w2_bias {message}"):
+            load_experts(path, into=model)
+        assert_unchanged(nn.ParameterList([model.get_submodule(NAME).w13_weight]), before)
+    with torch.inference_mode():
+        model.get_submodule(NAME).w2_bias = nn.Parameter(torch.zeros(2, 64), requires_grad=False)
+    load_experts(path, into=model)
+    assert torch.equal(model.get_submodule(NAME).w2_bias, torch.ones(2, 64))
+
+
+def test_pads_after_a_refit_that_was_abandoned(tmp_path: Path) -> None:
+    """Loading makes the weight usable again, so its pads must be what they are defined to be."""
+    path = tmp_path / "model.safetensors"
+    plain_save_file(quark(), path)
+    for kind in ("none", "mxfp4_moe"):
+        model = module_of({NAME: DENSE}, kind, bias=False)
+        weight = model.get_submodule(NAME).w2_weight
+
+        def scribble(model: nn.Module = model, weight: Any = weight) -> None:
+            with refit(model):
+                weight.qdata.fill_(0xEE)
+                weight.scale.fill_(200)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            scribble()
+        load_experts(path, into=model)
+        assert_holds(weight, DENSE.w2, kind)  # with its pads
+
+
 # --- save_file's own arguments
+
+
+def test_a_conjugate_view_is_saved_as_its_values(tmp_path: Path) -> None:
+    values = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64)
+    save_file({"c": values.conj()}, tmp_path / "c.safetensors")
+    assert torch.equal(load_file(tmp_path / "c.safetensors")["c"], values.conj().resolve_conj())
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
@@ -637,6 +695,8 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         ({"w": weight, "w.scale": torch.zeros(1)}, {}, "a tensor cannot be called 'w.scale', which is taken"),
         ({"__metadata__": torch.zeros(1)}, {}, "a tensor cannot be called '__metadata__', which is taken"),
         ({"w": torch.zeros(1, dtype=torch.complex128)}, {}, "'w' is torch.complex128, which safetensors files do not hold"),
+        ({"w": weight[:0]}, {}, "'w' has no experts or rows, found shape [0, 128, 64]"),
+        ({"w": torch.zeros(1)}, {"metadata": {"step": 3}}, "metadata is text by names, found {'step': 3}"),
         ({"w": torch.zeros(1)}, {"metadata": {"shuffled_tensor": "{}"}}, "metadata['shuffled_tensor'] is the manifest's place"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

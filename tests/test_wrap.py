@@ -94,6 +94,48 @@ def test_a_weight_that_two_modules_share_stays_shared() -> None:
     assert torch.equal(second.w13_weight.dequantize(torch.float64), dense(*first.parts["w13"]))
 
 
+def test_a_parameter_wrapped_again_is_the_same_weight() -> None:
+    """What tells weights apart is their memory: two storages over the same bytes would shuffle them twice."""
+    first, second = Engine(), Engine()
+    for name, tensor in first.named_parameters():
+        second.register_parameter(name, parameter(tensor.data))
+    model = nn.ModuleList([first, second])
+    wrap_experts_(model, row_order="contiguous")
+    assert first.w13_weight is second.w13_weight
+    meta = nn.ModuleList([Engine(), Engine()]).to("meta")
+    wrap_experts_(meta, row_order="contiguous")
+    assert meta[0].w13_weight is not meta[1].w13_weight
+
+
+def test_codes_of_two_weights_with_other_scales() -> None:
+    first, second = Engine(), Engine()
+    second.w13_weight = first.w13_weight
+    with pytest.raises(ValueError, match=r"1\.w13_weight: its codes are also another weight's"):
+        wrap_experts_(nn.ModuleList([first, second]), row_order="contiguous")
+    assert type(first.w13_weight) is nn.Parameter
+
+
+class OwnParameter(nn.Parameter):
+    """As vLLM's: the loader is a property."""
+
+    def __new__(cls, data: Tensor, weight_loader: Callable[..., None]) -> OwnParameter:
+        made = super().__new__(cls, data, requires_grad=False)
+        made._weight_loader = weight_loader
+        return made
+
+    @property
+    def weight_loader(self) -> Callable[..., None]:
+        return self._weight_loader
+
+
+def test_the_loader_of_an_engines_own_parameter_class_stays() -> None:
+    module = Engine()
+    module.w13_weight = OwnParameter(module.w13_weight.data, loader)
+    wrap_experts_(module, row_order="contiguous")
+    assert isinstance(module.w13_weight, ShuffledMXFP4Tensor)
+    assert module.w13_weight.weight_loader is loader
+
+
 def broken(change: Callable[[Engine], object]) -> tuple[nn.ModuleDict, Engine]:
     model = nn.ModuleDict({"fine": Engine(), "broken": Engine()})
     change(model["broken"])
@@ -103,6 +145,21 @@ def broken(change: Callable[[Engine], object]) -> tuple[nn.ModuleDict, Engine]:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        pytest.param(
+            lambda e: setattr(e.w13_weight_scale, "is_shuffled", True),
+            ValueError,
+            "broken.w13_weight: it is tagged is_shuffled, so its bytes are not row-major",
+            id="scales shuffled already",
+        ),
+        pytest.param(
+            lambda e: [
+                setattr(e, f"w2_{part}", parameter(getattr(e, f"w2_{part}")[:3].clone()))
+                for part in ("weight", "weight_scale")
+            ],
+            ValueError,
+            r"broken.w2_weight: for w13_weight of shape \[4, 320, 288\], .* it must be .* \[4, 288, 160\], found \[3, 288, 160\]",
+            id="another number of experts",
+        ),
         pytest.param(
             lambda e: setattr(e.w2_weight, "is_shuffled", True),
             ValueError,
@@ -197,6 +254,14 @@ def test_nothing_is_quantised_where_a_weight_does_not_fit(
         quantize_experts_(module, **{"row_order": "contiguous", "w13": "gate_up_proj", "w2": "down_proj", **options})
     assert type(module.gate_up_proj) is nn.Parameter
     assert type(module.down_proj) is nn.Parameter
+
+
+def test_transposed_weights_are_not_taken_for_others() -> None:
+    module = Transformers()
+    for name in ("gate_up_proj", "down_proj"):  # as gpt-oss has them
+        setattr(module, name, nn.Parameter(getattr(module, name).transpose(1, 2)))
+    with pytest.raises(ValueError, match=r"down_proj: for gate_up_proj of shape .* held transposed"):
+        quantize_experts_(module, row_order="interleaved", w13="gate_up_proj", w2="down_proj")
 
 
 def test_quantising_a_large_weight_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:

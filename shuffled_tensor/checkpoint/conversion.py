@@ -57,12 +57,11 @@ def convert(
     with Files(source) as files:
         weights, parts = _plan(files, format, kind)
 
+        kept = {key: text for file in files.files() for key, text in files.metadata(file).items()}
+
         def metadata(checksums: dict[str, str]) -> dict[str, str]:
-            entries = {
-                name: manifest.Entry(kind, weight.gate_up, weight.shape, weight.dtype, None, checksums[name])
-                for name, weight in weights.items()
-            }
-            return {"format": "pt", **manifest.dump(entries)}
+            entries = {name: _entry(weight, kind, checksums[name]) for name, weight in weights.items()}
+            return {"format": "pt", **kept, **manifest.dump(entries)}
 
         begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
         total = sum(part.dtype.itemsize * math.prod(part.shape) for part in parts.values())
@@ -97,6 +96,11 @@ def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weigh
             if weight.tensors["bias"]:
                 dtype = files.dtype(next(iter(weight.tensors["bias"].values())))
                 parts[f"{weight.name.removesuffix('weight')}bias"] = _plain(weight, "bias", weight.shape[:2], dtype)
+    for name, weight in manifest_weights(files).items():  # those that are no layer's
+        if name not in weights:
+            weights[name] = weight
+            copied -= {f"{name}.{part}" for part in _SHUFFLES}
+            parts |= {f"{name}.{part}": _packed(weight, part, kind) for part in _SHUFFLES}
     for name in sorted(copied):
         if name in parts:
             raise CheckpointError(f"{name} in {files.file(name)} is called what an expert weight would be written as")
@@ -110,15 +114,17 @@ def _compared(weights: dict[str, Weight], parts: dict[str, Part], partial: Path)
     Raises:
         CheckpointError: they are not, or another tensor has changed.
     """
+    packed = {f"{name}.{part}" for name in weights for part in _SHUFFLES}
     with Files(partial) as written:
         checksums = {name: weight.checksum() for name, weight in manifest_weights(written).items()}
         for name, weight in weights.items():
             if checksums[name] != (weight.checksum() if weight.entry is None else weight.entry.checksum):
                 raise CheckpointError(
-                    f"{name} of {weight.files.path} is damaged, or was while it was written to {partial}"
+                    f"{name} of {weight.files.path} is damaged, or was while it was written, or {partial} was begun "
+                    "from another source; try again"
                 )
         for name, part in parts.items():
-            if name.rpartition(".")[0] not in weights and _digest(part) != _digest(written.part(name)):
+            if name not in packed and _digest(part) != _digest(written.part(name)):
                 raise CheckpointError(f"{name} was damaged while it was written to {partial}")
     return checksums
 
@@ -126,7 +132,7 @@ def _compared(weights: dict[str, Weight], parts: dict[str, Part], partial: Path)
 def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Part:
     """Codes or scales of a weight, to be written in a layout."""
     span = range(weight.intermediate)
-    entry = manifest.Entry(kind, weight.gate_up, weight.shape, weight.dtype, None, manifest.NO_CHECKSUM)
+    entry = _entry(weight, kind, manifest.NO_CHECKSUM)
     shape = dict(zip(_SHUFFLES, entry.stored_shapes(), strict=True))[part]
 
     def read(expert: int) -> Tensor:
@@ -135,7 +141,13 @@ def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Part:
             return data
         return _SHUFFLES[part](entry.geometry.pad(data, PAD[part]), kind, gate_up=weight.gate_up)
 
-    return Part.along_experts(shape, shape[0], read)
+    return Part.along_experts(shape, weight.shape[0], read)
+
+
+def _entry(weight: Weight, kind: ShuffleKind, checksum: str) -> manifest.Entry:
+    """What the manifest will say of a weight; the kind that it was made for stays."""
+    shape, target = (weight.shape, None) if weight.entry is None else (weight.entry.shape, weight.entry.shuffle_kind)
+    return manifest.Entry(kind, weight.gate_up, shape, weight.dtype, target, checksum)
 
 
 def _plain(weight: Weight, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Part:

@@ -8,6 +8,7 @@ every page that was read in the process's memory, and end the process where a fi
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -206,6 +207,7 @@ class Files:
         direct = out is not None and out.is_contiguous()
         data = out if direct else torch.empty(shape, dtype=dtype, device="cpu")
         assert data is not None
+        assert data.nbytes == dtype.itemsize * math.prod(shape)
         done, memory = 0, memoryview(_memory(data))
         while done < data.nbytes:  # of more than 2 GiB, the kernel reads a part
             try:
@@ -297,6 +299,7 @@ def write_file(
     parts = dict(sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize))
     header, total = _header(parts, metadata)
     with open(partial, "r+b" if partial.exists() else "w+b") as file:
+        _lock(file, partial)
         if not resume or file.read(len(header)) != header:
             file.seek(0)
             file.truncate()
@@ -323,6 +326,17 @@ def write_file(
             file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _lock(file: BinaryIO, partial: Path) -> None:
+    """Keep other runs from writing the same file until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(file.fileno()), partial.stat())
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    if not mine:  # it was whole, and got its name, before it was locked
+        raise BlockingIOError(f"another run is writing {partial}, or just has; wait for it")
 
 
 def _nbytes(part: Part) -> int:

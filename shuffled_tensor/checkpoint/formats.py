@@ -27,6 +27,7 @@ __all__ = [
     "check_layer",
     "detect",
     "find_layers",
+    "formats_in",
     "group_layers",
     "is_shared",
     "manifest_weights",
@@ -295,6 +296,19 @@ def detect(files: Files, prefix: str = "") -> str:
     Raises:
         CheckpointError: there are none, or those of two formats.
     """
+    examples = formats_in(files, prefix)
+    if len(examples) == 1:
+        return next(iter(examples))
+    if examples:
+        both = " and ".join(f"{name} as in {format!r}" for format, name in examples.items())
+        raise CheckpointError(f"{files.path} holds {both}; say which with format=")
+    raise CheckpointError(
+        f"no tensor of {_among(files, prefix)} is named as MXFP4 experts are in {', '.join(map(repr, FORMATS))}"
+    )
+
+
+def formats_in(files: Files, prefix: str = "") -> dict[str, str]:
+    """The formats whose own name for codes is there, each with an example."""
     names = [name for name in files if name.startswith(prefix)]
     examples: dict[str, str] = {}
     for format, row in FORMATS.items():
@@ -304,14 +318,7 @@ def detect(files: Files, prefix: str = "") -> str:
             if match is not None and match["part"] == own and files.dtype(name) in _CODE_DTYPES:
                 examples[format] = name
                 break
-    if len(examples) == 1:
-        return next(iter(examples))
-    if examples:
-        both = " and ".join(f"{name} as in {format!r}" for format, name in examples.items())
-        raise CheckpointError(f"{files.path} holds {both}; say which with format=")
-    raise CheckpointError(
-        f"no tensor of {_among(files, prefix)} is named as MXFP4 experts are in {', '.join(map(repr, FORMATS))}"
-    )
+    return examples
 
 
 def _among(files: Files, prefix: str) -> str:
@@ -368,10 +375,11 @@ def _measure(weight: Weight) -> None:
     if weight.gate_up and weight.shape[1] % 2:
         raise _wrong(weight, first, f"has {weight.shape[1]} rows, which are no gate and up")
     expected["bias"] = (*lead, weight.shape[1] // halves)
+    biases = [weight.files.dtype(name) for name in weight.tensors["bias"].values()]
     dtypes = {
         "qdata": _CODE_DTYPES if weight.quantized else (dtype,),
         "scale": _SCALE_DTYPES,
-        "bias": _PLAIN_DTYPES,
+        "bias": tuple(biases[:1]) if set(biases[:1]) <= set(_PLAIN_DTYPES) else _PLAIN_DTYPES,
     }
     keys = [(None, 0)] if stacked else [(expert, half) for expert in range(experts) for half in range(halves)]
     for part in ("qdata", *(["scale"] if weight.quantized else []), *(["bias"] if weight.tensors["bias"] else [])):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shuffled_tensor.checkpoint.files import CheckpointError, Files
-from shuffled_tensor.checkpoint.formats import Weight, check_layer, detect, group_layers, manifest_weights
+from shuffled_tensor.checkpoint.formats import Weight, check_layer, detect, formats_in, group_layers, manifest_weights
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.storage import checksum
 
@@ -51,13 +51,17 @@ def inspect(path: str | os.PathLike[str], *, format: str = "auto") -> list[Findi
     with Files(path) as files:
         weights = {name: ("shuffled_tensor", weight) for name, weight in manifest_weights(files).items()}
         findings = []
-        if not weights:
-            format = detect(files) if format == "auto" else format
+        formats = list(formats_in(files)) if format == "auto" else [format]
+        if not formats and not weights:
+            detect(files)  # says what it looked for
+        for format in formats:
             for name, parts in group_layers(files, "", format).items():
                 try:
-                    weights |= {weight.name: (format, weight) for weight in check_layer(name, parts)}
+                    layer = check_layer(name, parts)
                 except CheckpointError as error:
                     findings.append(Finding(name, format, (), "", "", "", False, (str(error),)))
+                else:
+                    weights = {weight.name: (format, weight) for weight in layer} | weights
         with tqdm(total=sum(w.shape[0] for _, w in weights.values()), desc="reading experts", disable=None) as progress:
             return findings + [_look(format, weight, progress) for format, weight in weights.values()]
 

@@ -103,8 +103,9 @@ def load_experts(
                     _write(weight, cut, tensor)
                     if bias is not None:
                         others = dim == "intermediate" and rank > 0 and not weight.gate_up
-                        for place, expert in enumerate(cut.experts):
-                            bias.data[place] = 0 if others else weight.read("bias", expert, cut.span)
+                        with torch.inference_mode(bias.is_inference()), torch.no_grad():
+                            for place, expert in enumerate(cut.experts):
+                                bias[place] = 0 if others else weight.read("bias", expert, cut.span)
                     if into is None and cut.whole and isinstance(tensor, ShuffledMXFP4Tensor):
                         _verify(weight, tensor.logical_checksum)
                     progress.update()
@@ -182,10 +183,13 @@ def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Expert
             raise ValueError(f"{name}.{which}_weight must be {wanted} for what {weight.files.path} holds, found {what}")
         if isinstance(tensor, ShuffledMXFP4Tensor) and tensor.gate_up != weight.gate_up:
             raise ValueError(f"{name}.{which}_weight must have gate_up={weight.gate_up}, found {tensor.gate_up}")
-        if tensor.device.type == "meta":
-            raise ValueError(
-                f"{name}.{which}_weight is on the meta device, where nothing can be loaded; see to_empty()"
-            )
+        for part, own in (("weight", tensor), ("bias", bias)):
+            if own is not None and own.device.type == "meta":
+                raise ValueError(
+                    f"{name}.{which}_{part} is on the meta device, where nothing can be loaded; see to_empty()"
+                )
+            if own is not None and not own.is_floating_point():
+                raise ValueError(f"{name}.{which}_{part} must be floating point, found {own.dtype}")
         if bool(weight.tensors["bias"]) != (bias is not None) or (bias is not None and bias.shape != shape[:2]):
             what = "none" if bias is None else f"shape {list(bias.shape)}"
             wanted = f"of shape {list(shape[:2])}" if weight.tensors["bias"] else "absent"
@@ -198,8 +202,9 @@ def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
     """Read a rank's part of a weight into a tensor, expert by expert. If that ends early, a packed one refuses to be
     used."""
     if not isinstance(tensor, ShuffledMXFP4Tensor):
-        for place, expert in enumerate(cut.experts):
-            tensor.data[place].copy_(weight.read("qdata", expert, cut.span))
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            for place, expert in enumerate(cut.experts):
+                tensor[place].copy_(weight.read("qdata", expert, cut.span))
         return
     storage, experts = tensor._storage, tensor._window.experts
     with tensor.writing():
@@ -216,7 +221,7 @@ def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range
     written."""
 
     def read(own: int, expert: int) -> None:
-        with torch.no_grad(), torch.inference_mode(storage.qdata.is_inference()):
+        with torch.inference_mode(storage.qdata.is_inference()), torch.no_grad():
             for part, data in zip(PER_BYTE, storage.select(range(own, own + 1)), strict=True):
                 weight.read_into(storage.geometry.halves_of(data)[0], part, expert, cut.span)
 
@@ -238,7 +243,7 @@ def _verify(weight: Weight, checksum: Callable[[], str]) -> None:
 
 def _nbytes(tensor: Tensor) -> int:
     if isinstance(tensor, ShuffledMXFP4Tensor):
-        return tensor.qdata.nbytes + tensor.scale.nbytes
+        return sum(tensor.numel() // per_byte for per_byte in PER_BYTE.values())
     return tensor.nbytes
 
 
@@ -267,9 +272,14 @@ def save_file(
     if layout not in ("canonical", "as_is"):
         raise ValueError(f"layout must be 'canonical' or 'as_is', found {layout!r}")
     metadata = dict(metadata or {})
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError(f"metadata is text by names, found {metadata}")
     if manifest.KEY in metadata:
         raise ValueError(f"metadata[{manifest.KEY!r}] is the manifest's place")
     packed = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ShuffledMXFP4Tensor)}
+    for name, weight in packed.items():
+        if weight.numel() == 0:
+            raise ValueError(f"{name!r} has no experts or rows, found shape {list(weight.shape)}")
     with locked(*(tensor._storage for tensor in packed.values())):  # values, layouts and checksums stay those of now
         parts: dict[str, Part] = {}
         entries = {}
@@ -325,7 +335,13 @@ def _packed_part(tensor: ShuffledMXFP4Tensor, entry: manifest.Entry, part: str) 
 def _plain_part(name: str, tensor: Tensor) -> Part:
     if tensor.dtype not in DTYPES.values():
         raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors files do not hold")
-    return Part(tensor.dtype, tuple(tensor.shape), 1, tensor.nbytes, lambda index: tensor.detach().cpu())
+    return Part(
+        tensor.dtype,
+        tuple(tensor.shape),
+        1,
+        tensor.nbytes,
+        lambda index: tensor.detach().cpu().resolve_conj().resolve_neg(),
+    )
 
 
 def load_file(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
