@@ -68,7 +68,11 @@ def __getattr__(name: str) -> object:
     # What is missing is of `checkpoint`, whose dependencies are an extra.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from shuffled_tensor import checkpoint
+    try:
+        from shuffled_tensor import checkpoint
+    except ModuleNotFoundError as error:
+        message = f"{name} needs {error.name}: pip install 'shuffled_tensor[checkpoint]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
 
     return getattr(checkpoint, name)
 

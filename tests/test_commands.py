@@ -14,6 +14,7 @@ from expecttest import assert_expected_inline
 from safetensors.torch import save_file as save_plain
 from torch import Tensor
 
+import shuffled_tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, inspect, picture, save_file
 from shuffled_tensor.__main__ import main
 
@@ -171,6 +172,9 @@ def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["verify", "ours.safetensors"]) == 1
     assert capsys.readouterr().err == "error: safetensors is missing: pip install 'shuffled_tensor[checkpoint]'\n"
+    monkeypatch.delattr(shuffled_tensor, "checkpoint", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"load_experts needs safetensors: pip install"):
+        _ = shuffled_tensor.load_experts
     assert isinstance(make_weight("w2"), ShuffledMXFP4Tensor)  # the rest works
 
 

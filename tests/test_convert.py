@@ -182,6 +182,8 @@ def test_what_is_refused_leaves_nothing(source: Path, tmp_path: Path) -> None:
         convert(source, destination, layout="gguu")
     with pytest.raises(FileNotFoundError, match="no such file"):
         convert(tmp_path / "nothing.safetensors", destination)
+    with pytest.raises(FileNotFoundError, match="no such folder to write to: .*absent"):
+        convert(source, tmp_path / "absent" / "converted.safetensors")
     with pytest.raises(FileExistsError, match="exists; remove it, or give another name"):
         convert(source, source)
     clash = tmp_path / "clash.safetensors"

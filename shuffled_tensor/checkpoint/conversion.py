@@ -44,7 +44,7 @@ def convert(
         format: of the source, as :func:`load_experts` takes it.
 
     Raises:
-        FileNotFoundError: there is no source.
+        FileNotFoundError: there is no source, or no folder for the destination.
         FileExistsError: the destination exists.
         CheckpointError: the source is damaged, or what was written is not what was read; nothing is left of it then.
         ValueError: an unknown layout or format.
@@ -54,6 +54,8 @@ def convert(
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it, or give another name")
+    if not destination.parent.is_dir():
+        raise FileNotFoundError(f"no such folder to write to: {destination.parent}")
     with Files(source) as files:
         weights, parts = _plan(files, format, kind)
 

@@ -85,7 +85,7 @@ def parse(metadata: Mapping[str, str], file: Path) -> dict[str, Entry]:
     try:
         manifest = json.loads(metadata[KEY])
         version = manifest["version"]
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise CheckpointError(
                 f"the manifest of {file} has format version {version!r}, and this build knows {VERSION}; use a newer "
                 "shuffled_tensor"
