@@ -395,7 +395,7 @@ class PackedStorage:
         return checksum(window.shape, (data for expert in experts for data in self.read(expert)))
 
 
-def checksum(shape: tuple[int, int, int], parts: Iterable[Tensor]) -> str:
+def checksum(shape: tuple[int, ...], parts: Iterable[Tensor]) -> str:
     """SHA-256, in hex, of logical sizes and, expert by expert, row-major logical codes and scales."""
     digest = hashlib.sha256(f"mxfp4 {'x'.join(map(str, shape))}".encode())
     for data in parts:

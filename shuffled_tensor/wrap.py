@@ -56,10 +56,11 @@ def wrap_experts_(
             names the parameter. Nothing has changed then.
         TypeError: a dtype that is not one of packed codes and scales. Nothing has changed then.
     """
+    owners = _owners(module, w13, w2, w13_scale, w2_scale)
     gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
     weights = [
         (owner, prefix, _place(getattr(owner, names[0])), *names)
-        for owner, prefix in _owners(module, w13, w2, w13_scale, w2_scale)
+        for owner, prefix in owners
         for names in ((w13, w13_scale, gate_up), (w2, w2_scale, down))
     ]
     check_logical_dtype(dtype)
@@ -81,7 +82,7 @@ def wrap_experts_(
                 raise ValueError(
                     "its codes are also another weight's, whose scales are others; clone() the codes of one"
                 )
-    for owner, prefix in _owners(module, w13, w2, w13_scale, w2_scale):
+    for owner, prefix in owners:
         rows, half = (getattr(owner, name).shape for name in (w13, w2))
         _check_pair(prefix, w13, (*rows[:-1], 2 * rows[-1]), w2, (*half[:-1], 2 * half[-1]))
     made: dict[object, nn.Parameter] = {}  # a weight that two modules share stays shared
@@ -125,10 +126,11 @@ def quantize_experts_(
             Nothing has changed then.
         TypeError: a weight that is not bfloat16, float16, float32 or float64. Nothing has changed then.
     """
+    owners = _owners(module, w13, w2)
     gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
     weights = [
         (owner, prefix, _place(getattr(owner, names[0])), *names)
-        for owner, prefix in _owners(module, w13, w2)
+        for owner, prefix in owners
         for names in ((w13, gate_up), (w2, down))
     ]
     target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
@@ -143,7 +145,7 @@ def quantize_experts_(
             check_logical_dtype(values.dtype)
             mxfp4.check_quantizable(values, scale_rule)
             check_row_order(**order, rows=values.shape[-2])
-    for owner, prefix in _owners(module, w13, w2):
+    for owner, prefix in owners:
         _check_pair(prefix, w13, getattr(owner, w13).shape, w2, getattr(owner, w2).shape)
     made: dict[object, nn.Parameter] = {}  # a weight that two modules share stays shared
     for owner, _, tied, name, order in weights:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import os
 import random
 import time
 from pathlib import Path
@@ -151,6 +152,26 @@ def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Files, "read", another)
     convert(source, destination)
     assert tried
+    destination.unlink()
+    replace, named = os.replace, []
+
+    def while_it_gets_its_name(*paths: Path) -> None:
+        with pytest.raises(BlockingIOError, match="another run is writing .*partial"):
+            save_file({"w": torch.ones(2)}, destination)  # which would begin anew, and remove what it could not finish
+        named.append(paths)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", while_it_gets_its_name)
+    convert(source, destination)
+    assert named
+    assert sorted(load_file(destination)) == sorted(
+        [
+            "lm_head.weight",
+            "model.step",
+            f"{LAYER}.gate.weight",
+            *(f"{LAYER}.{layer}.{which}_weight" for layer in ("experts", "shared_experts") for which in ("w13", "w2")),
+        ]
+    )
     partial = tmp_path / "late.safetensors.partial"
     partial.write_bytes(b"")
     with open(partial, "r+b") as file:

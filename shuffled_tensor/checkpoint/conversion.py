@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -18,6 +16,7 @@ from shuffled_tensor.checkpoint.files import CheckpointError, Files, Part, write
 from shuffled_tensor.checkpoint.formats import Weight, find_layers, manifest_weights
 from shuffled_tensor.geometry import PAD
 from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight
+from shuffled_tensor.storage import checksum
 
 __all__ = ["convert"]
 
@@ -58,7 +57,6 @@ def convert(
         raise FileNotFoundError(f"no such folder to write to: {destination.parent}")
     with Files(source) as files:
         weights, parts = _plan(files, format, kind)
-
         kept = {key: text for file in files.files() for key, text in files.metadata(file).items()}
 
         def metadata(checksums: dict[str, str]) -> dict[str, str]:
@@ -68,18 +66,14 @@ def convert(
         begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
         total = sum(part.dtype.itemsize * math.prod(part.shape) for part in parts.values())
         with tqdm(total=total, desc=f"writing {destination.name}", unit="B", unit_scale=True, disable=None) as progress:
-            try:
-                write_file(
-                    destination,
-                    parts,
-                    begun,
-                    resume=True,
-                    progress=progress.update,
-                    finish=lambda partial: metadata(_compared(weights, parts, partial)),
-                )
-            except CheckpointError:
-                destination.with_name(destination.name + ".partial").unlink(missing_ok=True)
-                raise
+            write_file(
+                destination,
+                parts,
+                begun,
+                resume=True,
+                progress=progress.update,
+                finish=lambda partial: metadata(_compared(weights, parts, partial)),
+            )
 
 
 def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weight], dict[str, Part]]:
@@ -87,22 +81,17 @@ def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weigh
     weights: dict[str, Weight] = {}
     parts: dict[str, Part] = {}
     copied = set(files)
-    for layer in find_layers(files, format=format).values():
-        for weight in layer:
-            copied -= {name for named in weight.tensors.values() for name in named.values()}
-            if weight.quantized:
-                weights[weight.name] = weight
-                parts |= {f"{weight.name}.{part}": _packed(weight, part, kind) for part in _SHUFFLES}
-            else:
-                parts[weight.name] = _plain(weight, "qdata", weight.shape, weight.dtype)
-            if weight.tensors["bias"]:
-                dtype = files.dtype(next(iter(weight.tensors["bias"].values())))
-                parts[f"{weight.name.removesuffix('weight')}bias"] = _plain(weight, "bias", weight.shape[:2], dtype)
-    for name, weight in manifest_weights(files).items():  # those that are no layer's
-        if name not in weights:
+    found = {weight.name: weight for layer in find_layers(files, format=format).values() for weight in layer}
+    for name, weight in (manifest_weights(files) | found).items():
+        copied -= {part for named in weight.tensors.values() for part in named.values()}
+        if weight.quantized:
             weights[name] = weight
-            copied -= {f"{name}.{part}" for part in _SHUFFLES}
             parts |= {f"{name}.{part}": _packed(weight, part, kind) for part in _SHUFFLES}
+        else:
+            parts[name] = _plain(weight, "qdata", weight.shape, weight.dtype)
+        if weight.tensors["bias"]:
+            dtype = files.dtype(next(iter(weight.tensors["bias"].values())))
+            parts[f"{name.removesuffix('weight')}bias"] = _plain(weight, "bias", weight.shape[:2], dtype)
     for name in sorted(copied):
         if name in parts:
             raise CheckpointError(f"{name} in {files.file(name)} is called what an expert weight would be written as")
@@ -126,7 +115,7 @@ def _compared(weights: dict[str, Weight], parts: dict[str, Part], partial: Path)
                     "from another source; try again"
                 )
         for name, part in parts.items():
-            if name not in packed and _digest(part) != _digest(written.part(name)):
+            if name not in packed and _checksum(part) != _checksum(written.part(name)):
                 raise CheckpointError(f"{name} was damaged while it was written to {partial}")
     return checksums
 
@@ -159,9 +148,5 @@ def _plain(weight: Weight, part: str, shape: tuple[int, ...], dtype: torch.dtype
     return Part(dtype, shape, shape[0], nbytes, lambda expert: weight.read(part, expert, span))
 
 
-def _digest(part: Part) -> bytes:
-    digest = hashlib.sha256()
-    for piece in range(part.pieces):
-        data = part.read(piece).contiguous()
-        digest.update(ctypes.string_at(data.data_ptr(), data.nbytes))
-    return digest.digest()
+def _checksum(part: Part) -> str:
+    return checksum(part.shape, map(part.read, range(part.pieces)))

@@ -74,7 +74,7 @@ class Files:
     """The tensors of one safetensors file, or of a directory of them with or without an index.
 
     The files stay open, so that what is read is what was looked at, until this is closed or its ``with`` block ends.
-    Symbolic links are followed: a download cache is made of them. One thread at a time may read.
+    Symbolic links are followed: a download cache is made of them. Several threads may read at once.
 
     Raises:
         FileNotFoundError: there is no such file or directory, or nothing in it.
@@ -291,8 +291,9 @@ def write_file(
 ) -> None:
     """Write a safetensors file piece by piece, under ``path + ".partial"`` until it is whole.
 
-    With ``resume``, a partial file that begins with the same header is gone on with. ``finish`` looks at the whole
-    partial file and returns the metadata that it shall have instead, of the same length.
+    With ``resume``, a partial file that begins with the same header is gone on with, and one that could not be finished
+    stays, but for a CheckpointError; else it is removed. ``finish`` looks at the whole partial file and returns the
+    metadata that it shall have instead, of the same length.
     """
     partial = path.with_name(path.name + ".partial")
     # as other writers do, so that every tensor is aligned for those who map the file
@@ -300,32 +301,37 @@ def write_file(
     header, total = _header(parts, metadata)
     with open(partial, "r+b" if partial.exists() else "w+b") as file:
         _lock(file, partial)
-        if not resume or file.read(len(header)) != header:
-            file.seek(0)
-            file.truncate()
-            file.write(header)
-        written = min(file.seek(0, os.SEEK_END) - len(header), total)
-        place = 0
-        for part in parts.values():
-            for index in range(part.pieces):
-                nbytes = min(part.nbytes, _nbytes(part) - index * part.nbytes)
-                if nbytes and place + nbytes > written:
-                    file.seek(len(header) + place)
-                    data = part.read(index).contiguous()
-                    assert data.nbytes == nbytes
-                    file.write(_memory(data))
-                place += nbytes
-                progress(nbytes)
-        file.truncate(len(header) + total)
-        file.flush()
-        if finish is not None:
-            final, _ = _header(parts, finish(partial))
-            assert len(final) == len(header)
-            file.seek(0)
-            file.write(final)
+        try:
+            if not resume or file.read(len(header)) != header:
+                file.seek(0)
+                file.truncate()
+                file.write(header)
+            written = min(file.seek(0, os.SEEK_END) - len(header), total)
+            place = 0
+            for part in parts.values():
+                for index in range(part.pieces):
+                    nbytes = min(part.nbytes, _nbytes(part) - index * part.nbytes)
+                    if nbytes and place + nbytes > written:
+                        file.seek(len(header) + place)
+                        data = part.read(index).contiguous()
+                        assert data.nbytes == nbytes
+                        file.write(_memory(data))
+                    place += nbytes
+                    progress(nbytes)
+            file.truncate(len(header) + total)
             file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+            if finish is not None:
+                final, _ = _header(parts, finish(partial))
+                assert len(final) == len(header)
+                file.seek(0)
+                file.write(final)
+                file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException as error:
+            if not resume or isinstance(error, CheckpointError):
+                partial.unlink()
+            raise
 
 
 def _lock(file: BinaryIO, partial: Path) -> None:

@@ -298,12 +298,7 @@ def save_file(
             parts |= new
         if entries:
             metadata |= manifest.dump(entries)
-        path = Path(path)
-        try:
-            write_file(path, parts, metadata, resume=False)
-        except BaseException:
-            path.with_name(path.name + ".partial").unlink(missing_ok=True)
-            raise
+        write_file(Path(path), parts, metadata, resume=False)
 
 
 def _entry(tensor: ShuffledMXFP4Tensor, layout: str) -> manifest.Entry:
