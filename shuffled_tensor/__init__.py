@@ -13,6 +13,7 @@ from shuffled_tensor.picture import picture
 from shuffled_tensor.prepare import prepare
 from shuffled_tensor.refit import refit
 from shuffled_tensor.report import Explanation, explain
+from shuffled_tensor.saving import rebuild_storage, rebuild_weight
 from shuffled_tensor.tensor import KernelOperands, ShuffledMXFP4Tensor
 from shuffled_tensor.wrap import quantize_experts_, wrap_experts_
 from shuffled_tensor.wrapper import implements
@@ -52,6 +53,8 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_experts_",
+    "rebuild_storage",
+    "rebuild_weight",
     "refit",
     "save_file",
     "shuffle_scale",

@@ -8,7 +8,6 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -125,12 +124,6 @@ class PackedStorage:
         with self.held():
             copied = memo[id(self)] = self.with_bytes(self.qdata.clone(), self.scale.clone())
         return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What is written is canonical and without padding, whatever the layout in memory: a file does not depend on a
-        # GPU or on a version of aiter.
-        qdata, scale = self.canonical(range(len(self.qdata)))
-        return _unpickle, (qdata, scale, self.geometry.gate_up, None if self.target is None else self.target.value)
 
     def relayout_(self, kind: ShuffleKind) -> None:
         """Bring the bytes into ``kind``, in place, once, whatever number of threads ask.
@@ -411,39 +404,6 @@ def locked(*storages: PackedStorage) -> Iterator[None]:
         for storage in sorted(storages, key=id):
             stack.enter_context(storage._lock)
         yield
-
-
-def _unpickle(qdata: Tensor, scale: Tensor, gate_up: bool, target: str | None) -> PackedStorage:
-    return PackedStorage.pack(
-        qdata, scale, gate_up=gate_up, interleaved=False, target=None if target is None else ShuffleKind(target)
-    )
-
-
-torch.serialization.add_safe_globals([_unpickle])
-
-
-def _reduce_shared(storage: PackedStorage) -> tuple[Any, ...]:
-    """For torch.multiprocessing: the bytes themselves, as they lie, in shared memory.
-
-    Neither process lays them out anew in place from now on, so what each believes of them stays true.
-    """
-    with storage.held():
-        storage.sent = True
-        target = None if storage.target is None else storage.target.value
-        return _rebuild_shared, (storage.qdata, storage.scale, tuple(storage.geometry), storage.kind.value, target)
-
-
-def _rebuild_shared(
-    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], kind: str, target: str | None
-) -> PackedStorage:
-    storage = PackedStorage(
-        qdata, scale, Geometry(*geometry), ShuffleKind(kind), None if target is None else ShuffleKind(target)
-    )
-    storage.sent = True
-    return storage
-
-
-ForkingPickler.register(PackedStorage, _reduce_shared)
 
 
 def is_real(data: Tensor) -> bool:

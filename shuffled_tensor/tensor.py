@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.geometry import PER_BYTE, Window, slice_of
+from shuffled_tensor.geometry import PER_BYTE, slice_of
 from shuffled_tensor.layouts import ShuffleKind, expert_chunks
 from shuffled_tensor.storage import PackedStorage
 from shuffled_tensor.views import PackedView
@@ -330,26 +329,3 @@ class ShuffledMXFP4Tensor(Wrapper):
             memo[id(self)] = self._wrap(copy.deepcopy(self._storage, memo), self._window, self.dim(), self.dtype)
             memo[id(self)].__dict__.update(copy.deepcopy(self.user_attributes(), memo))
         return memo[id(self)]  # type: ignore[no-any-return]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        if isinstance(self._storage.qdata, FakeTensor):
-            # Nobody saves those: torch before 2.12 makes a key for its compile caches this way.
-            return str, (self._stable_hash_for_caching(),)
-        # The storage is an object of its own in the file, so that aliases saved together stay aliases.
-        window = tuple((part.start, part.stop, part.step) for part in self._window)
-        return _rebuild, (self._storage, window, self.dim(), self.dtype, self.user_attributes())
-
-
-def _rebuild(
-    storage: PackedStorage,
-    window: tuple[tuple[int, int, int], ...],
-    rank: int,
-    dtype: torch.dtype,
-    attributes: dict[str, Any],
-) -> ShuffledMXFP4Tensor:
-    self = ShuffledMXFP4Tensor._wrap(storage, Window(*(range(*part) for part in window)), rank, dtype)
-    self.__dict__.update(attributes)
-    return self
-
-
-torch.serialization.add_safe_globals([_rebuild])

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""How weights go into files and to other processes.
+
+``pickle``, ``torch.save`` and ``torch.distributed.checkpoint`` write the names of :func:`rebuild_weight` and
+:func:`rebuild_storage` into every file, as ``shuffled_tensor.rebuild_weight`` and ``shuffled_tensor.rebuild_storage``,
+and call them with what the file holds. So both names, and every key of their ``state``, are a file format: they are
+read forever. A later version may add a key, with a meaning for files that do not have it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from shuffled_tensor.geometry import Geometry, Window
+from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.storage import PackedStorage
+from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+
+__all__ = ["rebuild_storage", "rebuild_weight"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _frozen(function: _Function) -> _Function:
+    """Files name a function by where the package shows it, so that the file that defines it may move."""
+    function.__module__ = "shuffled_tensor"
+    torch.serialization.add_safe_globals([function])
+    return function
+
+
+@_frozen
+def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> PackedStorage:
+    """The bytes of a saved weight, which its aliases in the file share. For files to call, not for users.
+
+    Args:
+        qdata, scale: row-major logical codes, uint8 ``[E, N, K/2]``, and scales, uint8 ``[E, N, K/32]``.
+        state: ``"gate_up"`` and ``"shuffle_kind"``, as the constructor of a weight takes them.
+
+    Raises:
+        ValueError: the file is of a later version.
+    """
+    _check_keys(state, "gate_up", "shuffle_kind")
+    kind = state["shuffle_kind"]
+    return PackedStorage.pack(
+        qdata,
+        scale,
+        gate_up=state["gate_up"],
+        interleaved=False,
+        target=None if kind is None else ShuffleKind(kind),
+    )
+
+
+@_frozen
+def rebuild_weight(storage: PackedStorage, state: dict[str, Any]) -> ShuffledMXFP4Tensor:
+    """A saved weight, over a storage. For files to call, not for users.
+
+    Args:
+        storage: what :func:`rebuild_storage` returned.
+        state: ``"experts"``, ``"rows"`` and ``"columns"`` of the storage that the weight shows, each ``(start, stop,
+            step)``; ``"dim"``, 3 or 2; ``"dtype"``, the logical dtype; ``"attributes"`` that users have set on it.
+
+    Raises:
+        ValueError: the file is of a later version.
+    """
+    _check_keys(state, *Window._fields, "dim", "dtype", "attributes")
+    window = Window(*(range(*state[axis]) for axis in Window._fields))
+    weight = ShuffledMXFP4Tensor._wrap(storage, window, state["dim"], state["dtype"])
+    weight.__dict__.update(state["attributes"])
+    return weight
+
+
+def _check_keys(state: dict[str, Any], *known: str) -> None:
+    unknown = sorted(state.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"this file was saved by a later version of shuffled_tensor, which says {', '.join(unknown)} of a weight; "
+            "read it with that version"
+        )
+
+
+def _reduce_storage(storage: PackedStorage) -> tuple[Any, ...]:
+    # What is written is canonical and without padding, whatever the layout in memory: a file does not depend on a GPU
+    # or on what computes there.
+    qdata, scale = storage.canonical(range(len(storage.qdata)))
+    target = None if storage.target is None else storage.target.value
+    return rebuild_storage, (qdata, scale, {"gate_up": storage.geometry.gate_up, "shuffle_kind": target})
+
+
+def _reduce_weight(weight: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
+    if isinstance(weight._storage.qdata, FakeTensor):
+        # Nobody saves those: torch before 2.12 makes a key for its compile caches this way.
+        return str, (weight._stable_hash_for_caching(),)
+    # The storage is an object of its own in the file, so that aliases saved together stay aliases.
+    window = {
+        axis: (part.start, part.stop, part.step) for axis, part in zip(Window._fields, weight._window, strict=True)
+    }
+    state = {**window, "dim": weight.dim(), "dtype": weight.dtype, "attributes": weight.user_attributes()}
+    return rebuild_weight, (weight._storage, state)
+
+
+copyreg.pickle(PackedStorage, _reduce_storage)
+copyreg.pickle(ShuffledMXFP4Tensor, _reduce_weight)
+
+
+def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:
+    """For torch.multiprocessing: the bytes themselves, as they lie, in shared memory.
+
+    Neither process lays them out anew in place from now on, so what each believes of them stays true.
+    """
+    with storage.held():
+        storage.sent = True
+        target = None if storage.target is None else storage.target.value
+        return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), storage.kind.value, target)
+
+
+def _receive_storage(
+    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], kind: str, target: str | None
+) -> PackedStorage:
+    storage = PackedStorage(
+        qdata, scale, Geometry(*geometry), ShuffleKind(kind), None if target is None else ShuffleKind(target)
+    )
+    storage.sent = True
+    return storage
+
+
+ForkingPickler.register(PackedStorage, _share_storage)
