@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind, backends, fused_moe
-from shuffled_tensor.moe import MoECall
+from shuffled_tensor.moe.call import MoECall
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOPK = 8, 256, 256, 16, 2
 

@@ -3,20 +3,18 @@
 
 from typing import TYPE_CHECKING
 
-from shuffled_tensor import aten as _aten  # registers the operations
-from shuffled_tensor import drop_in as _drop_in  # and those of other libraries
+from shuffled_tensor.backends.aiter import interop as _interop  # registers operators of other libraries
 from shuffled_tensor.device import arch, override_arch
 from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
+from shuffled_tensor.modules import prepare, quantize_experts_, refit, wrap_experts_
+from shuffled_tensor.moe.explain import Explanation, explain
+from shuffled_tensor.moe.op import fused_moe
 from shuffled_tensor.mxfp4 import SCALE_RULES, dequantize, quantize
-from shuffled_tensor.ops import fused_moe
 from shuffled_tensor.picture import picture
-from shuffled_tensor.prepare import prepare
-from shuffled_tensor.refit import refit
-from shuffled_tensor.report import Explanation, explain
-from shuffled_tensor.saving import rebuild_storage, rebuild_weight
-from shuffled_tensor.tensor import KernelOperands, ShuffledMXFP4Tensor
-from shuffled_tensor.wrap import quantize_experts_, wrap_experts_
-from shuffled_tensor.wrapper import implements
+from shuffled_tensor.tensor import ops as _ops  # registers the operations
+from shuffled_tensor.tensor.base import implements
+from shuffled_tensor.tensor.saving import rebuild_storage, rebuild_weight
+from shuffled_tensor.tensor.weight import KernelOperands, ShuffledMXFP4Tensor
 
 if TYPE_CHECKING:
     from shuffled_tensor.checkpoint import (
@@ -64,7 +62,7 @@ __all__ = [
     "wrap_experts_",
 ]
 
-del _aten, _drop_in
+del _interop, _ops
 
 
 def __getattr__(name: str) -> object:

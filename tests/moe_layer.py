@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, storage
+from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
+from shuffled_tensor.tensor import storage
 
 from .helpers import coded, moderate_scales
 

@@ -25,8 +25,8 @@ from shuffled_tensor import (
     shuffle_scale,
     shuffle_weight,
 )
-from shuffled_tensor.backends import aiter as backend
 from shuffled_tensor.backends import reference
+from shuffled_tensor.backends.aiter import versions as backend
 from shuffled_tensor.testing import ERAS, Double, aiter_double
 
 from .helpers import coded, moderate_scales, relative_error

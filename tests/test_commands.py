@@ -16,7 +16,7 @@ from torch import Tensor
 
 import shuffled_tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, inspect, picture, save_file
-from shuffled_tensor.__main__ import main
+from shuffled_tensor.cli import main
 
 from .moe_layer import make_weight, weight_parts
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file as save_plain
 from torch import Tensor
 
 from shuffled_tensor import CheckpointError, convert, load_experts, load_file, save_file
-from shuffled_tensor.checkpoint import conversion, files
-from shuffled_tensor.checkpoint.files import Files
+from shuffled_tensor.checkpoint import conversion, writer
+from shuffled_tensor.checkpoint.source import Files
 
 from .helpers import coded, dense, moderate_scales
 from .moe_layer import EXPERTS, HIDDEN, INTERMEDIATE, make_weight, weight_parts
@@ -177,7 +177,7 @@ def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with open(partial, "r+b") as file:
         partial.rename(tmp_path / "late.safetensors")
         with pytest.raises(BlockingIOError, match="or just has"):
-            files._lock(file, partial)
+            writer._lock(file, partial)
 
 
 def test_another_source_of_the_same_shapes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_no_space_left(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
                 raise OSError(errno.ENOSPC, "No space left on device")
             return int(self.file.write(data))
 
-    monkeypatch.setattr(files, "open", lambda *args: Full(open(*args)), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(writer, "open", lambda *args: Full(open(*args)), raising=False)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         convert(source, destination)
     assert not destination.exists()

@@ -24,9 +24,8 @@ from safetensors.torch import save_file as plain_save_file
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, refit
-from shuffled_tensor.checkpoint import CheckpointError, load_experts, load_file, save_file
-from shuffled_tensor.checkpoint import files as files_module
-from shuffled_tensor.checkpoint.files import Files
+from shuffled_tensor.checkpoint import CheckpointError, load_experts, load_file, save_file, writer
+from shuffled_tensor.checkpoint.source import Files
 
 from .checkpoints import (
     assert_unchanged,
@@ -554,7 +553,7 @@ def test_no_space_left(tmp_path: Path, room: int | str, layout: str, monkeypatch
             patch.setattr(os, "fsync", fsync)
         else:
             patch.setattr(Disk, "room", room)
-            patch.setattr(files_module, "open", lambda path, mode: io.BufferedRandom(Disk(path, "w+")), raising=False)
+            patch.setattr(writer, "open", lambda path, mode: io.BufferedRandom(Disk(path, "w+")), raising=False)
         for target in (path, tmp_path / "new.safetensors"):
             with pytest.raises(OSError, match="No space left on device"):
                 save_file(model.state_dict(), target, layout=layout)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, storage, unshuffle_weight
+from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, unshuffle_weight
+from shuffled_tensor.tensor import storage
 
 from .helpers import dense, dense_moe, moderate_scales, relative_error
 from .test_views import LAYOUTS, addresses, assert_holds, in_memory, marked, marked_parts, weight_of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
 from shuffled_tensor.checkpoint import CheckpointError, Experts, load_experts, save_file
-from shuffled_tensor.checkpoint.files import Files
+from shuffled_tensor.checkpoint.source import Files
 
 from .checkpoints import (
     FORMATS,

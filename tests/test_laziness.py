@@ -222,7 +222,7 @@ def test_importing_the_package_imports_neither_aiter_nor_triton() -> None:
 
 def test_doctor() -> None:
     def run() -> str:
-        from shuffled_tensor.report import doctor
+        from shuffled_tensor.backends.doctor import doctor
 
         return doctor().replace(torch.__version__, "<version>")
 

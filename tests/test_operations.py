@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor
-from shuffled_tensor.wrapper import GROUPS, OPERATIONS
+from shuffled_tensor.tensor.base import GROUPS, OPERATIONS
 
 from .helpers import MAGNITUDES, dense
 from .test_views import assert_holds, marked, marked_parts, weight_of
@@ -29,10 +29,10 @@ NEW = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)])[mar
 
 
 def test_the_page_is_what_the_registry_says() -> None:
-    """`python -m shuffled_tensor.operations > docs/OPERATIONS.md` renews it."""
+    """`python tools/operations_page.py > docs/OPERATIONS.md` renews it."""
     committed = (Path(__file__).parents[1] / "docs" / "OPERATIONS.md").read_text()
     # in a process of its own, where nobody has added rows
-    command = [sys.executable, "-m", "shuffled_tensor.operations"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "tools" / "operations_page.py")]
     assert committed == subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, layouts, override_arch, refit, storage
+from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, layouts, override_arch, refit
+from shuffled_tensor.tensor import storage
 from shuffled_tensor.testing import aiter_double
 
 from .helpers import dense

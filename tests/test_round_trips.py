@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor
 from shuffled_tensor.checkpoint import load_experts, load_file, save_file
-from shuffled_tensor.checkpoint.files import DTYPES
+from shuffled_tensor.checkpoint.source import DTYPES
 
 from .checkpoints import make_dense, module_of
 from .helpers import dense

@@ -13,8 +13,8 @@ from torch import Tensor
 from shuffled_tensor.backends import aiter, reference
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.moe import MoECall
-from shuffled_tensor.storage import PackedStorage
+from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.tensor.storage import PackedStorage
 
 _log = logging.getLogger("shuffled_tensor")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.moe import SWIGLU_LIMIT, MoECall
+from shuffled_tensor.moe.call import SWIGLU_LIMIT, MoECall
 
 
 def refuse(call: MoECall) -> str | None:

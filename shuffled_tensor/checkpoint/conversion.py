@@ -12,11 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shuffled_tensor.checkpoint import manifest
-from shuffled_tensor.checkpoint.files import CheckpointError, Files, Part, write_file
-from shuffled_tensor.checkpoint.formats import Weight, find_layers, manifest_weights
-from shuffled_tensor.geometry import PAD
+from shuffled_tensor.checkpoint.names import find_layers, manifest_weights
+from shuffled_tensor.checkpoint.source import CheckpointError, Files
+from shuffled_tensor.checkpoint.weight import Weight
+from shuffled_tensor.checkpoint.writer import Pieces, whole_tensor, write_file
 from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight
-from shuffled_tensor.storage import checksum
+from shuffled_tensor.tensor.geometry import PAD
+from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["convert"]
 
@@ -76,10 +78,10 @@ def convert(
             )
 
 
-def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weight], dict[str, Part]]:
+def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weight], dict[str, Pieces]]:
     """The MXFP4 weights of a checkpoint, and everything that is to be written of it."""
     weights: dict[str, Weight] = {}
-    parts: dict[str, Part] = {}
+    parts: dict[str, Pieces] = {}
     copied = set(files)
     found = {weight.name: weight for layer in find_layers(files, format=format).values() for weight in layer}
     for name, weight in (manifest_weights(files) | found).items():
@@ -95,11 +97,11 @@ def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weigh
     for name in sorted(copied):
         if name in parts:
             raise CheckpointError(f"{name} in {files.file(name)} is called what an expert weight would be written as")
-        parts[name] = files.part(name)
+        parts[name] = whole_tensor(files, name)
     return weights, parts
 
 
-def _compared(weights: dict[str, Weight], parts: dict[str, Part], partial: Path) -> dict[str, str]:
+def _compared(weights: dict[str, Weight], parts: dict[str, Pieces], partial: Path) -> dict[str, str]:
     """The checksums of the weights as they were written, which are those of what was read.
 
     Raises:
@@ -115,12 +117,12 @@ def _compared(weights: dict[str, Weight], parts: dict[str, Part], partial: Path)
                     "from another source; try again"
                 )
         for name, part in parts.items():
-            if name not in packed and _checksum(part) != _checksum(written.part(name)):
+            if name not in packed and _checksum(part) != _checksum(whole_tensor(written, name)):
                 raise CheckpointError(f"{name} was damaged while it was written to {partial}")
     return checksums
 
 
-def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Part:
+def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Pieces:
     """Codes or scales of a weight, to be written in a layout."""
     span = range(weight.intermediate)
     entry = _entry(weight, kind, manifest.NO_CHECKSUM)
@@ -132,7 +134,7 @@ def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Part:
             return data
         return _SHUFFLES[part](entry.geometry.pad(data, PAD[part]), kind, gate_up=weight.gate_up)
 
-    return Part.along_experts(shape, weight.shape[0], read)
+    return Pieces.along_experts(shape, weight.shape[0], read)
 
 
 def _entry(weight: Weight, kind: ShuffleKind, checksum: str) -> manifest.Entry:
@@ -141,12 +143,12 @@ def _entry(weight: Weight, kind: ShuffleKind, checksum: str) -> manifest.Entry:
     return manifest.Entry(kind, weight.gate_up, shape, weight.dtype, target, checksum)
 
 
-def _plain(weight: Weight, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Part:
+def _plain(weight: Weight, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Pieces:
     """Values that are not quantised, to be written for all experts together."""
     span = range(weight.intermediate)
     nbytes = dtype.itemsize * math.prod(shape[1:])
-    return Part(dtype, shape, shape[0], nbytes, lambda expert: weight.read(part, expert, span))
+    return Pieces(dtype, shape, shape[0], nbytes, lambda expert: weight.read(part, expert, span))
 
 
-def _checksum(part: Part) -> str:
+def _checksum(part: Pieces) -> str:
     return checksum(part.shape, map(part.read, range(part.pieces)))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shuffled_tensor.checkpoint.files import CheckpointError, Files
-from shuffled_tensor.checkpoint.formats import Weight, check_layer, detect, formats_in, group_layers, manifest_weights
+from shuffled_tensor.checkpoint.names import check_layer, detect, formats_in, group_layers, manifest_weights
+from shuffled_tensor.checkpoint.source import CheckpointError, Files
+from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import checksum
+from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["Finding", "inspect", "table"]
 

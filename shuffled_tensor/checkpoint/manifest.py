@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shuffled_tensor.checkpoint.files import BROKEN, CheckpointError
-from shuffled_tensor.geometry import Geometry
+from shuffled_tensor.checkpoint.source import BROKEN, CheckpointError
 from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.mxfp4 import BLOCK
+from shuffled_tensor.tensor.geometry import Geometry
 
 __all__ = ["Entry", "dump", "parse"]
 

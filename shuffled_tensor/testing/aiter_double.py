@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.backends import aiter as backend
+from shuffled_tensor.backends.aiter import versions as backend
 
 ERAS = ("A", "B", "C", "D", "E", "F", "G")
 

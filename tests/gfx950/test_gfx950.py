@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, arch, explain, fused_moe, prepare
-from shuffled_tensor.backends import aiter as backend
+from shuffled_tensor.backends.aiter import versions as backend
 
 AVAILABLE = torch.cuda.is_available() and arch("cuda:0") == "gfx950" and importlib.util.find_spec("aiter") is not None
 pytestmark = [pytest.mark.gfx950, pytest.mark.skipif(not AVAILABLE, reason="needs gfx950 and aiter")]

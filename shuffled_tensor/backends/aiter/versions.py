@@ -20,12 +20,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.moe import MoECall
 
 ARCH = "gfx950"
 
@@ -201,125 +198,10 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def kind(device: torch.device) -> ShuffleKind | None:
-    """The layout that weights on this device must have for aiter; None where aiter is not what runs them."""
-    return None if unusable(device) else detect().era.kind
-
-
-def refuse(call: MoECall) -> str | None:
-    """Why the kernels behind aiter would ignore or miscompute something in this call, or None."""
-    reason = unusable(call.w13_qdata.device)
-    if reason is not None:
-        return reason
-    installed = detect()
-    rule = installed.era.scale_rule
-    if call.activation != "silu":
-        return f"activation={call.activation!r} would be computed as SiLU"
-    if call.w13_bias is not None or call.w2_bias is not None:
-        return "a bias would be ignored"
-    if call.swiglu_limit is not None:
-        return "swiglu_limit would be ignored"
-    if call.expert_mask is not None:
-        return (
-            "expert_mask raises in these kernels, or is dropped; without it, give local topk_ids, and topk_weight 0 "
-            "where an expert is another rank's"
-        )
-    if call.doweight_stage1:
-        return "doweight_stage1 has no kernel that reads this layout"
-    if call.hidden_scale is not None:
-        return "hidden_scale would be ignored"
-    if call.hidden_states.dtype is not torch.bfloat16:
-        return f"hidden_states are {call.hidden_states.dtype}, not bfloat16"
-    if call.dtype is not torch.bfloat16:
-        return f"out_dtype is {call.dtype}, not bfloat16"
-    if call.scale_rule not in (None, rule):
-        return f"its kernels quantise by {rule!r}, not scale_rule={call.scale_rule!r}"
-    for name, qdata in (("w13", call.w13_qdata), ("w2", call.w2_qdata)):
-        if not qdata.is_contiguous():
-            return f"the experts of {name} are not contiguous in memory; .clone() them"
-    return _untuned(call, installed)
-
-
-def _untuned(call: MoECall, installed: Installed) -> str | None:
-    """Where only tuned shapes have kernels that read the era's layout, the others are wrong without a word (AITER C,
-    E)."""
-    era, tokens = installed.era, call.hidden_states.shape[0]
-    if era.tuned is None or isinstance(tokens, torch.SymInt):  # a symbolic size is looked up when the call runs
-        return None
-    module, fused_moe = installed.probed.module, installed.probed.fused_moe
-    w13, w2 = call.w13.geometry, call.w2.geometry
-    experts, topk, padded = len(call.w13_qdata), call.topk_ids.shape[1], fused_moe.get_padded_M(tokens)
-    found = fused_moe.get_2stage_cfgs(
-        padded,
-        w2.padded_rows,
-        w2.padded_columns,
-        experts,
-        topk,
-        torch.bfloat16,
-        torch.float4_e2m1fn_x2,
-        torch.float4_e2m1fn_x2,
-        module.QuantType.per_1x32,
-        True,
-        module.ActivationType.Silu,
-        False,
-        w13.padded_columns - w13.columns,
-        w2.padded_columns - w2.columns,
-        True,
-        gate_mode=era.gate_mode,
-        **era.config,
-    )
-    if era.tuned(found):
-        return None
-    return (
-        f"aiter (era {era.name}) has no tuned kernel that reads {era.kind.value!r} for {padded} tokens (padded), "
-        f"{experts} experts, hidden size {w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk}"
-    )
-
-
-def tagged_weight(qdata: Tensor, *, gate_up: bool, intermediate: int) -> Tensor:
-    """The bytes as the float4_e2m1fn_x2 tensor that aiter takes, sharing them, with the era's tags on it."""
-    era = detect().era
-    weight = qdata.view(torch.float4_e2m1fn_x2)
-    tags: dict[str, Any] = {"is_shuffled": True}
-    if gate_up:
-        tags.update(era.w13_tags)
-    elif era.inter_real and intermediate % 128 == 0 and intermediate != 2 * qdata.shape[-1]:
-        tags["inter_real"] = intermediate
-    for name, value in tags.items():
-        setattr(weight, name, value)
-    return weight
-
-
-def run(call: MoECall) -> Tensor:
-    """Call ``aiter.fused_moe.fused_moe`` with what :func:`refuse` does not refuse.
-
-    Raises:
-        ValueError: weights that are not in the era's layout.
-    """
-    installed = detect()
-    era, probed = installed.era, installed.probed
-    for name, found in (("w13", call.w13_kind), ("w2", call.w2_kind)):
-        if found != era.kind.value:
-            raise ValueError(f"aiter (era {era.name}) reads {era.kind.value!r}, but {name} is laid out as {found!r}")
-    w13, w2 = call.w13.geometry, call.w2.geometry
-    if not len(call.hidden_states):  # as for a rank without requests; no era says that it takes an empty launch
-        return call.hidden_states.new_empty(0, w2.rows)
-    hidden_pad, intermediate_pad = w2.padded_rows - w2.rows, w2.padded_columns - w2.columns
-    arguments: dict[str, Any] = {"gate_mode": era.gate_mode} if "gate_mode" in probed.call else {}
-    if "is_shuffled" in probed.call:
-        arguments["is_shuffled"] = True
-    out: Tensor = probed.fused_moe.fused_moe(
-        hidden_states=F.pad(call.hidden_states, (0, w13.padded_columns - w13.columns)).contiguous(),
-        w1=tagged_weight(call.w13_qdata, gate_up=True, intermediate=call.intermediate),
-        w2=tagged_weight(call.w2_qdata, gate_up=False, intermediate=call.intermediate),
-        topk_weight=call.topk_weight.float().contiguous(),
-        topk_ids=call.topk_ids.int().contiguous(),
-        activation=probed.module.ActivationType.Silu,
-        quant_type=probed.module.QuantType.per_1x32,
-        w1_scale=call.w13_scale,
-        w2_scale=call.w2_scale,
-        hidden_pad=hidden_pad,
-        intermediate_pad=intermediate_pad,
-        **arguments,
-    )
-    return out[:, : w2.rows].contiguous()
+def installed() -> str:
+    """The installed aiter and its era, or why none can be used."""
+    try:
+        found = detect()
+    except Unusable as error:
+        return str(error)
+    return f"{found.version}, era {found.era.name}: since {found.era.since}"

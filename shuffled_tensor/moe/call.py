@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.geometry import Geometry
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import PackedStorage
+from shuffled_tensor.tensor.geometry import Geometry
+from shuffled_tensor.tensor.storage import PackedStorage
 
 __all__ = ["ACTIVATIONS", "MoECall"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from shuffled_tensor.geometry import Geometry, Window
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.storage import PackedStorage
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.tensor.geometry import Geometry, Window
+from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["rebuild_storage", "rebuild_weight"]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What each aten operation does to a :class:`ShuffledMXFP4Tensor`: the rows of
-:data:`shuffled_tensor.wrapper.OPERATIONS`. A handler's docstring is its line in docs/OPERATIONS.md.
+:data:`shuffled_tensor.tensor.base.OPERATIONS`. A handler's docstring is its line in docs/OPERATIONS.md.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.checks import check_logical_dtype
-from shuffled_tensor.refusals import refuse
-from shuffled_tensor.storage import PackedStorage, locked
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor
-from shuffled_tensor.wrapper import implements
+from shuffled_tensor.tensor.base import implements
+from shuffled_tensor.tensor.checks import check_logical_dtype
+from shuffled_tensor.tensor.refused import refuse
+from shuffled_tensor.tensor.storage import PackedStorage, locked
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import backends
-from shuffled_tensor.moe import MoECall
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor
-from shuffled_tensor.wrapper import implements
+from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.tensor.base import implements
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["fused_moe"]
 

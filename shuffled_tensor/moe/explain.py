@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which backend a call goes to, and why: for one call, and for a machine."""
+"""Which backend a call goes to, and why."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from shuffled_tensor import backends
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.moe import MoECall
-from shuffled_tensor.ops import fused_moe, plan
+from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.moe.op import fused_moe, plan
 
-__all__ = ["Explanation", "doctor", "explain"]
+__all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         activations = f"mxfp4, {era.scale_rule}"
     return Explanation(
         arch=arch(device),
-        aiter=installed_aiter(),
+        aiter=aiter.installed(),
         backend=choice.backend,
         kind=choice.kind,
         shuffles=shuffles,
@@ -95,33 +93,3 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         activations=activations,
         passed_over=choice.passed_over,
     )
-
-
-def installed_aiter() -> str:
-    try:
-        found = aiter.detect()
-    except aiter.Unusable as error:
-        return str(error)
-    return f"{found.version}, era {found.era.name}: since {found.era.since}"
-
-
-def doctor() -> str:
-    """This machine, as ``python -m shuffled_tensor doctor`` prints it."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    lines = [f"torch         {torch.__version__}", f"aiter         {installed_aiter()}"]
-    for device in devices:
-        reason = aiter.unusable(device)
-        lines.append(f"{device!s:14}{arch(device)}")
-        lines.append(f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().era.kind.value!r}'}")
-        lines.append("  reference   yes, reads any layout")
-    lines.append(f"kinds         {', '.join(repr(kind.value) for kind in ShuffleKind)}")
-    lines.append(f"to change     {_advice(devices)}")
-    return "\n".join(lines)
-
-
-def _advice(devices: list[torch.device]) -> str:
-    if not any(arch(device) == aiter.ARCH for device in devices):
-        return f"nothing: no device here is {aiter.ARCH}, and the reference backend runs everything"
-    if any(aiter.unusable(device) is None for device in devices):
-        return "nothing: weights are shuffled on first use"
-    return "install or repair aiter (https://github.com/ROCm/aiter, distribution amd-aiter)"

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.backends import aiter
-from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.geometry import PER_BYTE, slice_of
 from shuffled_tensor.layouts import ShuffleKind, expert_chunks
-from shuffled_tensor.storage import PackedStorage
-from shuffled_tensor.views import PackedView
-from shuffled_tensor.wrapper import Wrapper
+from shuffled_tensor.tensor.base import Wrapper
+from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.tensor.geometry import PER_BYTE, slice_of
+from shuffled_tensor.tensor.part_view import PackedView
+from shuffled_tensor.tensor.storage import PackedStorage
 
 __all__ = ["KernelOperands", "ShuffledMXFP4Tensor"]
 

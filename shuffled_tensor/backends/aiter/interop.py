@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from shuffled_tensor.backends import aiter
-from shuffled_tensor.ops import fused_moe
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor
-from shuffled_tensor.wrapper import implements
+from shuffled_tensor.moe.op import fused_moe
+from shuffled_tensor.tensor.base import implements
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["bind"]
 

@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""Turning the expert weights that a module has into our parameters, in place."""
+"""What is done to a module: its own weights become ours, all are laid out at a time of the caller's choosing, and new
+values are written past the tensors."""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import mxfp4
-from shuffled_tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor import backends, mxfp4
 from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["quantize_experts_", "wrap_experts_"]
+__all__ = ["prepare", "quantize_experts_", "refit", "wrap_experts_"]
+
+_log = logging.getLogger("shuffled_tensor")
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -155,6 +162,80 @@ def quantize_experts_(
             made[tied] = _parameter(values, packed)
         _set(owner, name, made[tied])
     return module
+
+
+def weights_of(module: nn.Module) -> list[PackedStorage]:
+    """The storages of a module's parameters and buffers, each once."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, ShuffledMXFP4Tensor)]
+    return list({id(tensor._storage): tensor._storage for tensor in tensors}.values())
+
+
+def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
+    """Lay out every :class:`ShuffledMXFP4Tensor` of a module as its first use would, and log one line about it.
+
+    Call it before a CUDA graph is captured and before the first request. On a device whose backend reads any layout,
+    nothing changes.
+
+    Args:
+        module: parameters and buffers of it and its submodules are prepared, in place.
+        progress: show a tqdm progress bar (the extra ``checkpoint`` installs tqdm).
+
+    Returns:
+        ``module``.
+    """
+    storages = steps = weights_of(module)
+    if progress:
+        from tqdm import tqdm
+
+        steps = tqdm(storages, desc="shuffling MXFP4 weights", unit="weight")
+    start, moved, kinds = time.perf_counter(), 0, Counter[str]()
+    for storage in steps:
+        kind = backends.kind_at_first_use(storage.qdata.device, storage.target)
+        if kind is not None and kind is not storage.kind:
+            storage.relayout_(kind)
+            moved += storage.qdata.nbytes + storage.scale.nbytes
+        kinds[storage.kind.value] += 1
+    _log.info(
+        "prepared %d MXFP4 weights (%s): shuffled %.2f GiB in %.2f s",
+        len(storages),
+        ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none found",
+        moved / 2**30,
+        time.perf_counter() - start,
+    )
+    return module
+
+
+@contextmanager
+def refit(module: _Module) -> Iterator[_Module]:
+    """Open an update: inside, ``qdata`` and ``scale`` of every weight are row-major bytes, padded, at the same address.
+
+    They may be written in whole or in part, by any means, also through raw pointers. On leaving, pads are rewritten and
+    every weight is laid out as it was before, in place, in scratch of at most 64 MiB or one expert.
+
+    An exception inside leaves the weights row-major, and unusable until they are written whole: by another refit, by
+    ``load_state_dict`` or ``copy_``; or until ``mark_canonical_()`` says that what they hold is a weight.
+
+    Raises:
+        RuntimeError: a refit of a weight is open, or its bytes are unusable or perhaps shared with another process.
+    """
+    storages = weights_of(module)
+    for storage in storages:
+        storage.check_refit()
+    with ExitStack() as stack:
+        for storage in storages:
+            stack.enter_context(_open(storage))
+        yield module
+
+
+@contextmanager
+def _open(storage: PackedStorage) -> Iterator[None]:
+    storage.open_refit()
+    try:
+        yield
+        storage.close_refit()
+    except BaseException as error:
+        storage.abandon_refit(error)
+        raise
 
 
 def _owners(module: nn.Module, *names: str) -> list[tuple[nn.Module, str]]:

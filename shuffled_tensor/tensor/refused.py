@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The operations that a :class:`ShuffledMXFP4Tensor` refuses, and what to do instead: more rows of
-:data:`shuffled_tensor.wrapper.OPERATIONS`.
+:data:`shuffled_tensor.tensor.base.OPERATIONS`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from shuffled_tensor.wrapper import implements
+from shuffled_tensor.tensor.base import implements
 
 __all__ = ["REFUSED", "refuse"]
 

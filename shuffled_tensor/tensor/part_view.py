@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shuffled_tensor.checks import CODE_DTYPES, SCALE_DTYPES
-from shuffled_tensor.geometry import PER_BYTE, Window
-from shuffled_tensor.storage import PackedStorage
+from shuffled_tensor.tensor.checks import CODE_DTYPES, SCALE_DTYPES
+from shuffled_tensor.tensor.geometry import PER_BYTE, Window
+from shuffled_tensor.tensor.storage import PackedStorage
 
 __all__ = ["PackedView"]
 

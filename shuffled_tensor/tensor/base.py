@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 from shuffled_tensor import backends
-from shuffled_tensor.geometry import Window
-from shuffled_tensor.storage import PackedStorage, is_real
+from shuffled_tensor.tensor.geometry import Window
+from shuffled_tensor.tensor.storage import PackedStorage, is_real
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m shuffled_tensor.operations`` prints docs/OPERATIONS.md, the table of operations, from the registry."""
+"""``python tools/operations_page.py`` prints docs/OPERATIONS.md, the table of operations, from the registry."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from shuffled_tensor.refusals import REFUSED
-from shuffled_tensor.wrapper import GROUPS, OPERATIONS
+from shuffled_tensor.tensor.base import GROUPS, OPERATIONS
+from shuffled_tensor.tensor.refused import REFUSED
 
 __all__ = ["page"]
 
 _HEAD = """\
 # What each operation does to a ShuffledMXFP4Tensor
 
-Made by `python -m shuffled_tensor.operations` from the table that `__torch_dispatch__` looks operators up in.
+Made by `python tools/operations_page.py` from the table that `__torch_dispatch__` looks operators up in.
 
 What torch takes apart before (`narrow`, `chunk`, `tensor_split`, `matmul`, `setitem`, ...) arrives as these. An
 operator that is not here raises `NotImplementedError` and names `.dequantize()`.
 """
 
+_LAST = (None, "Layers", "Refused")
+
 
 def page() -> str:
     """The Markdown of docs/OPERATIONS.md."""
     lines = [_HEAD]
-    for group, operators in sorted(GROUPS.items(), key=lambda item: item[0] == "Refused"):
+    for group, operators in sorted(GROUPS.items(), key=lambda item: item[0] in _LAST and _LAST.index(item[0])):
         lines += [f"## {group}\n", "| operators | what happens |", "|---|---|"]
         for does, rows in groupby(operators, lambda operator: _does(OPERATIONS[operator])):
             lines.append(f"| {', '.join(f'`{row}`' for row in rows)} | {does} |")

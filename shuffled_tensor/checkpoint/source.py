@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""safetensors files, read part by part, and written part by part so that a killed run can go on.
+"""safetensors files, read part by part.
 
 The safetensors package checks a file; its bytes are read here, by offset, and not through its memory maps, which keep
 every page that was read in the process's memory, and end the process where a file becomes shorter meanwhile.
@@ -8,12 +8,11 @@ every page that was read in the process's memory, and end the process where a fi
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -24,10 +23,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CheckpointError", "Files", "Part", "write_file"]
+__all__ = ["CheckpointError", "Files", "memory_of"]
 
-_CHUNK = 16 * 2**20
-"""Bytes of a plain tensor that are copied at a time."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -50,7 +47,6 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What is raised by JSON that is none, and by looking into it for what is not there."""
@@ -208,7 +204,7 @@ class Files:
         data = out if direct else torch.empty(shape, dtype=dtype, device="cpu")
         assert data is not None
         assert data.nbytes == dtype.itemsize * math.prod(shape)
-        done, memory = 0, memoryview(_memory(data))
+        done, memory = 0, memoryview(memory_of(data))
         while done < data.nbytes:  # of more than 2 GiB, the kernel reads a part
             try:
                 found = os.preadv(self._open[stored.file].fileno(), [memory[done:]], start + done)
@@ -218,18 +214,6 @@ class Files:
                 raise CheckpointError(f"{name} in {stored.file} cannot be read: the file has become shorter")
             done += found
         return data if direct or out is None else out.copy_(data.view(out.dtype).view(out.shape))
-
-    def part(self, name: str) -> Part:
-        """A whole tensor, to be written elsewhere."""
-        shape, dtype = self.shape(name), self.dtype(name)
-        row = dtype.itemsize * math.prod(shape[1:])
-        step = max(1, _CHUNK // max(row, 1))
-        rows = shape[0] if shape else 1
-
-        def read(index: int) -> Tensor:
-            return self.read(name, slice(index * step, (index + 1) * step)) if shape else self.read(name)
-
-        return Part(dtype, shape, -(-rows // step), step * row, read)
 
 
 def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, _Stored]]:
@@ -260,105 +244,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _memory(data: Tensor) -> ctypes.Array[ctypes.c_char]:
+def memory_of(data: Tensor) -> ctypes.Array[ctypes.c_char]:
     """The bytes of a contiguous tensor on the CPU, for a file to read or write."""
     return (ctypes.c_char * data.nbytes).from_address(data.data_ptr())
-
-
-class Part(NamedTuple):
-    """A tensor to be written: ``pieces`` along its first dimension, all of ``nbytes`` bytes but the last."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: int
-    nbytes: int
-    read: Callable[[int], Tensor]
-
-    @classmethod
-    def along_experts(cls, shape: tuple[int, ...], experts: int, read: Callable[[int], Tensor]) -> Part:
-        """Uint8, an expert a piece."""
-        return cls(torch.uint8, shape, experts, math.prod(shape) // experts, read)
-
-
-def write_file(
-    path: Path,
-    parts: dict[str, Part],
-    metadata: dict[str, str],
-    *,
-    resume: bool,
-    progress: Callable[[int], object] = lambda nbytes: None,
-    finish: Callable[[Path], dict[str, str]] | None = None,
-) -> None:
-    """Write a safetensors file piece by piece, under ``path + ".partial"`` until it is whole.
-
-    With ``resume``, a partial file that begins with the same header is gone on with, and one that could not be finished
-    stays, but for a CheckpointError; else it is removed. ``finish`` looks at the whole partial file and returns the
-    metadata that it shall have instead, of the same length.
-    """
-    partial = path.with_name(path.name + ".partial")
-    # as other writers do, so that every tensor is aligned for those who map the file
-    parts = dict(sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize))
-    header, total = _header(parts, metadata)
-    with open(partial, "r+b" if partial.exists() else "w+b") as file:
-        _lock(file, partial)
-        try:
-            if not resume or file.read(len(header)) != header:
-                file.seek(0)
-                file.truncate()
-                file.write(header)
-            written = min(file.seek(0, os.SEEK_END) - len(header), total)
-            place = 0
-            for part in parts.values():
-                for index in range(part.pieces):
-                    nbytes = min(part.nbytes, _nbytes(part) - index * part.nbytes)
-                    if nbytes and place + nbytes > written:
-                        file.seek(len(header) + place)
-                        data = part.read(index).contiguous()
-                        assert data.nbytes == nbytes
-                        file.write(_memory(data))
-                    place += nbytes
-                    progress(nbytes)
-            file.truncate(len(header) + total)
-            file.flush()
-            if finish is not None:
-                final, _ = _header(parts, finish(partial))
-                assert len(final) == len(header)
-                file.seek(0)
-                file.write(final)
-                file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException as error:
-            if not resume or isinstance(error, CheckpointError):
-                partial.unlink()
-            raise
-
-
-def _lock(file: BinaryIO, partial: Path) -> None:
-    """Keep other runs from writing the same file until it is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(file.fileno()), partial.stat())
-    except (BlockingIOError, FileNotFoundError):
-        mine = False
-    if not mine:  # it was whole, and got its name, before it was locked
-        raise BlockingIOError(f"another run is writing {partial}, or just has; wait for it")
-
-
-def _nbytes(part: Part) -> int:
-    return part.dtype.itemsize * math.prod(part.shape)
-
-
-def _header(parts: dict[str, Part], metadata: dict[str, str]) -> tuple[bytes, int]:
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    place = 0
-    for name, part in parts.items():
-        entries[name] = {
-            "dtype": _NAMES[part.dtype],
-            "shape": part.shape,
-            "data_offsets": [place, place + _nbytes(part)],
-        }
-        place += _nbytes(part)
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 16)  # the data that follows is aligned
-    return len(text).to_bytes(8, "little") + text, place

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.geometry import PAD, PER_BYTE, Geometry, Window, slice_of
 from shuffled_tensor.layouts import (
     LAYOUTS,
     ShuffleKind,
@@ -27,6 +26,7 @@ from shuffled_tensor.layouts import (
     unshuffle_scale,
     unshuffle_weight,
 )
+from shuffled_tensor.tensor.geometry import PAD, PER_BYTE, Geometry, Window, slice_of
 
 __all__ = ["PackedStorage"]
 

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""AMD's aiter: which one is installed, and how it is called."""
+
+from shuffled_tensor.backends.aiter.call import kind, refuse, run, tagged_weight
+from shuffled_tensor.backends.aiter.versions import (
+    ARCH,
+    ERAS,
+    Unusable,
+    detect,
+    forget,
+    installed,
+    unusable,
+)
+
+__all__ = [
+    "ARCH",
+    "ERAS",
+    "Unusable",
+    "detect",
+    "forget",
+    "installed",
+    "kind",
+    "refuse",
+    "run",
+    "tagged_weight",
+    "unusable",
+]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""``python -m shuffled_tensor``: inspect, verify and convert checkpoints, see a layout, and find out what runs here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from shuffled_tensor.backends.doctor import doctor
+from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.picture import picture
+
+_KINDS = [kind.value for kind in ShuffleKind if kind is not ShuffleKind.NONE]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ModuleNotFoundError as error:
+        if error.name not in ("safetensors", "tqdm"):
+            raise
+        print(f"error: {error.name} is missing: pip install 'shuffled_tensor[checkpoint]'", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m shuffled_tensor", description="MXFP4 expert weights: checkpoints and layouts"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="a table of the MXFP4 weights in a checkpoint, and their problems")
+    inspect.add_argument("path", help="a safetensors file, or a directory of them")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser(
+        "verify", help="compare every weight with its checksum; exit 1 where one is damaged, or none has one"
+    )
+    verify.add_argument("path", help="a safetensors file, or a directory of them")
+    verify.set_defaults(run=_verify)
+
+    convert = commands.add_parser("convert", help="write a checkpoint's experts to a file with checksums")
+    convert.add_argument("source", help="a safetensors file, or a directory of them")
+    convert.add_argument("destination", help="the safetensors file to write")
+    convert.add_argument("--layout", choices=["canonical", *_KINDS], default="canonical", help="of the bytes written")
+    convert.add_argument("--format", default="auto", help="of the source, where its names do not tell")
+    convert.set_defaults(run=_convert)
+
+    show = commands.add_parser("show", help="a picture (SVG) of where each run of 16 bytes of a small weight lands")
+    show.add_argument("kind", choices=[kind.value for kind in ShuffleKind])
+    show.add_argument("--rows", type=int, default=64, help="N, gate rows and up rows together (default 64)")
+    show.add_argument("--k", type=int, default=256, help="K, logical columns (default 256)")
+    show.add_argument("--down", action="store_true", help="a down weight (w2), not a gate-up one (w13)")
+    show.add_argument("--output", type=Path, help="the file to write (default: standard output)")
+    show.set_defaults(run=_show)
+
+    commands.add_parser("doctor", help="which backends this machine has, and what to install or change").set_defaults(
+        run=_doctor
+    )
+    return parser
+
+
+# The commands on checkpoints import what the extra `checkpoint` installs.
+
+
+def _inspect(options: argparse.Namespace) -> bool:
+    from shuffled_tensor.checkpoint.inspection import inspect, table
+
+    findings = inspect(options.path)
+    print(table(findings))
+    return any(finding.problems for finding in findings)
+
+
+def _verify(options: argparse.Namespace) -> bool:
+    from shuffled_tensor.checkpoint.inspection import inspect
+
+    findings = inspect(options.path)
+    for finding in findings:
+        for problem in finding.problems:
+            print(f"{finding.name}: {problem}")
+    recorded = sum(finding.recorded for finding in findings)
+    damaged = sum(bool(finding.problems) for finding in findings)
+    print(f"{len(findings)} weights read, {recorded} compared with a checksum, {damaged} with problems")
+    return damaged > 0 or recorded == 0
+
+
+def _convert(options: argparse.Namespace) -> bool:
+    from shuffled_tensor.checkpoint.conversion import convert
+
+    convert(options.source, options.destination, layout=options.layout, format=options.format)
+    return False
+
+
+def _show(options: argparse.Namespace) -> bool:
+    svg = picture(options.kind, options.rows, options.k, gate_up=not options.down)
+    if options.output is None:
+        print(svg, end="")
+    else:
+        options.output.write_text(svg)
+    return False
+
+
+def _doctor(options: argparse.Namespace) -> bool:
+    print(doctor())
+    return False
