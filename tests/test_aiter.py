@@ -29,8 +29,9 @@ from shuffled_tensor.backends import reference
 from shuffled_tensor.backends.aiter import versions as backend
 from shuffled_tensor.testing import ERAS, Double, aiter_double
 
-from .helpers import coded, moderate_scales, relative_error
-from .moe_layer import EXPERTS, HIDDEN, INTERMEDIATE, make_layer, make_weight
+from .support.bytes import coded, moderate_scales
+from .support.judges import relative_error
+from .support.layer import EXPERTS, HIDDEN, INTERMEDIATE, make_layer, make_weight
 
 KIND = dict.fromkeys("ABCDE", "mxfp4_moe") | dict.fromkeys("FG", "mxfp4_separated")
 OTHER = {"mxfp4_moe": "mxfp4_separated", "mxfp4_separated": "mxfp4_moe"}

@@ -18,7 +18,7 @@ import shuffled_tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, inspect, picture, save_file
 from shuffled_tensor.cli import main
 
-from .moe_layer import make_weight, weight_parts
+from .support.layer import make_weight, weight_parts
 
 LAYER = "model.layers.0.mlp.experts"
 

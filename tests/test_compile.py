@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, override_arch, prepare, refit
 from shuffled_tensor.testing import Double, aiter_double
 
-from .moe_layer import EXPERTS, HIDDEN, MoE, ShuffleCount, make_layer, make_weight
+from .support.layer import EXPERTS, HIDDEN, MoE, ShuffleCount, make_layer, make_weight
 
 
 class Model(nn.Module):
@@ -311,7 +311,7 @@ PROGRAM = """
 import sys, torch
 from shuffled_tensor import fused_moe, override_arch
 from shuffled_tensor.testing import aiter_double
-from tests.moe_layer import MoE, make_layer
+from tests.support.layer import MoE, make_layer
 layer = make_layer()
 arguments = layer["hidden_states"], layer["topk_weight"], layer["topk_ids"]
 for era in sys.argv[1]:

@@ -23,9 +23,9 @@ from shuffled_tensor import CheckpointError, convert, load_experts, load_file, s
 from shuffled_tensor.checkpoint import conversion, writer
 from shuffled_tensor.checkpoint.source import Files
 
-from .helpers import coded, dense, moderate_scales
-from .moe_layer import EXPERTS, HIDDEN, INTERMEDIATE, make_weight, weight_parts
-from .test_layouts import by_formula
+from .support.bytes import coded, moderate_scales
+from .support.judges import by_formula, dense
+from .support.layer import EXPERTS, HIDDEN, INTERMEDIATE, make_weight, weight_parts
 
 LAYOUTS = ("canonical", "mxfp4_moe", "mxfp4_separated")
 LAYER = "model.layers.3.mlp"

@@ -27,7 +27,8 @@ from shuffled_tensor import ShuffledMXFP4Tensor, refit
 from shuffled_tensor.checkpoint import CheckpointError, load_experts, load_file, save_file, writer
 from shuffled_tensor.checkpoint.source import Files
 
-from .checkpoints import (
+from .support.bytes import weight_of
+from .support.checkpoints import (
     assert_unchanged,
     in_format,
     layer_name,
@@ -37,7 +38,7 @@ from .checkpoints import (
     snapshot,
     write_sharded,
 )
-from .test_views import assert_holds, weight_of
+from .support.judges import assert_holds
 
 NAME = layer_name("quark")
 DENSE = make_dense(2, 64, 64)
@@ -715,7 +716,7 @@ def test_fuzz(tmp_path: Path) -> None:
         "-X",
         "faulthandler",
         "-m",
-        "tests.fuzz_checkpoints",
+        "tests.support.fuzz_checkpoints",
         str(tmp_path),
         "500",
     ]

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from shuffled_tensor import ShuffledMXFP4Tensor
 
-from .helpers import dense
-from .moe_layer import MoE, make_weight, weight_parts
+from .support.judges import dense
+from .support.layer import MoE, make_weight, weight_parts
 
 pytestmark = [
     # torch says so of any call in one process

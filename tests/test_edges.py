@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor
 
-from .helpers import dense
-from .test_views import LAYOUTS, addresses, assert_holds, in_memory, marked_parts, weight_of
+from .support.bytes import LAYOUTS, addresses, marked_parts, weight_of
+from .support.judges import assert_holds, dense, in_memory
 
 SMALL = (3, 96, 160)
 

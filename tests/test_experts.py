@@ -14,8 +14,8 @@ from torch import Tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, unshuffle_weight
 from shuffled_tensor.tensor import storage
 
-from .helpers import dense, dense_moe, moderate_scales, relative_error
-from .test_views import LAYOUTS, addresses, assert_holds, in_memory, marked, marked_parts, weight_of
+from .support.bytes import LAYOUTS, addresses, marked, marked_parts, moderate_scales, weight_of
+from .support.judges import assert_holds, dense, dense_moe, in_memory, relative_error
 
 SHAPES = [(5, 512, 512), (5, 96, 160)]
 INDEX = torch.tensor([3, 0, 3, 4])

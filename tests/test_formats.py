@@ -17,7 +17,8 @@ from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
 from shuffled_tensor.checkpoint import CheckpointError, Experts, load_experts, save_file
 from shuffled_tensor.checkpoint.source import Files
 
-from .checkpoints import (
+from .support.bytes import LAYOUTS, addresses
+from .support.checkpoints import (
     FORMATS,
     SIZES,
     STORED,
@@ -30,8 +31,7 @@ from .checkpoints import (
     others,
     store,
 )
-from .helpers import dense, dense_moe, relative_error
-from .test_views import LAYOUTS, addresses, assert_holds
+from .support.judges import assert_holds, dense, dense_moe, relative_error
 
 DIMS = ("expert", "intermediate")
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind, fused_moe
 from shuffled_tensor.mxfp4 import dequantize, quantize
 
-from .helpers import coded, cosine, dense, dense_moe, moderate_scales, relative_error
+from .support.bytes import coded, moderate_scales
+from .support.judges import cosine, dense, dense_moe, relative_error
 
 GOLDEN = Path(__file__).parent / "data" / "fmoe_silu_gfx950.safetensors"
 KINDS = ("mxfp4_moe", "mxfp4_separated")

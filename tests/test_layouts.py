@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shuffled_tensor import ShuffleKind, layouts, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
 
-from .helpers import coded
+from .support.bytes import coded
+from .support.judges import by_formula
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "shuffle_digests.json").read_text())
 KINDS = ("mxfp4_moe", "mxfp4_separated")
@@ -41,25 +42,6 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 def sha256(data: Tensor) -> str:
     return hashlib.sha256(data.contiguous().numpy().tobytes()).hexdigest()
-
-
-def by_formula(part: str, data: Tensor, kind: str, gate_up: bool) -> Tensor:
-    """Where each byte goes, one at a time in closed form."""
-    out = torch.empty_like(data)
-    _, rows, width = data.shape
-    n, b = torch.arange(rows).unsqueeze(1), torch.arange(width).unsqueeze(0)
-    if kind == "mxfp4_moe" and gate_up:
-        gate, i = n // (rows // 2), n % (rows // 2)
-        n = 32 * (i // 16) + 16 * gate + i % 16
-    if part == "weight":
-        offset = (n // 16) * 16 * width + (b // 16) * 256 + (n % 16) * 16 + b % 16
-    else:
-        offset = (
-            (n // 32) * 32 * width + (b // 8) * 256 + (b % 4) * 64 + (n % 16) * 4 + (b % 8 // 4) * 2 + (n % 32) // 16
-        )
-    for source, target in zip(data, out, strict=True):
-        target.view(-1)[offset.flatten()] = source.flatten()
-    return out
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shuffled_tensor import arch, backends, explain, fused_moe, override_arch, prepare
 from shuffled_tensor.testing import aiter_double
 
-from .moe_layer import MoE, ShuffleCount, make_layer, make_weight
+from .support.layer import MoE, ShuffleCount, make_layer, make_weight
 
 
 @pytest.fixture

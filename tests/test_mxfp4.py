@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, dequantize, quantize
 
-from .helpers import MAGNITUDES, coded, dense
+from .support.bytes import coded
+from .support.judges import MAGNITUDES, dense
 
 
 def nearest_code(value: float) -> int:

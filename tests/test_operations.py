@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from shuffled_tensor import ShuffledMXFP4Tensor
 from shuffled_tensor.tensor.base import GROUPS, OPERATIONS
 
-from .helpers import MAGNITUDES, dense
-from .test_views import assert_holds, marked, marked_parts, weight_of
+from .support.bytes import marked, marked_parts, weight_of
+from .support.judges import MAGNITUDES, assert_holds, dense
 
 SHAPE = (3, 96, 160)
 INDEX = torch.tensor([2, 0])

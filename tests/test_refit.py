@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -22,8 +21,8 @@ from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, layouts, override_ar
 from shuffled_tensor.tensor import storage
 from shuffled_tensor.testing import aiter_double
 
-from .helpers import dense
-from .test_views import LAYOUTS, SHAPES, addresses, assert_holds, in_memory, marked_parts, weight_of
+from .support.bytes import LAYOUTS, SHAPES, addresses, marked_parts, poke, weight_of
+from .support.judges import assert_holds, dense, in_memory
 
 Parts = tuple[Tensor, Tensor]
 SMALL = (2, 96, 160)
@@ -34,14 +33,6 @@ def module_with(*weights: ShuffledMXFP4Tensor) -> nn.Module:
     for name, weight in zip(("w13", "w2"), weights, strict=False):
         module.register_parameter(name, nn.Parameter(weight))
     return module
-
-
-def poke(target: Tensor, values: Tensor) -> None:
-    """Write bytes as RDMA does: to an address, past torch."""
-    values = values.contiguous()
-    assert target.is_contiguous()
-    assert target.nbytes == values.nbytes
-    ctypes.memmove(target.data_ptr(), values.data_ptr(), values.nbytes)
 
 
 def poke_weight(weight: ShuffledMXFP4Tensor, parts: Parts, layout: str = "none") -> None:

@@ -23,9 +23,9 @@ from shuffled_tensor import ShuffledMXFP4Tensor
 from shuffled_tensor.checkpoint import load_experts, load_file, save_file
 from shuffled_tensor.checkpoint.source import DTYPES
 
-from .checkpoints import make_dense, module_of
-from .helpers import dense
-from .test_views import LAYOUTS, SHAPES, addresses, assert_holds, in_memory, marked_parts, weight_of
+from .support.bytes import LAYOUTS, SHAPES, addresses, marked_parts, weight_of
+from .support.checkpoints import make_dense, module_of
+from .support.judges import assert_holds, dense, in_memory
 
 Tensors = dict[str, Tensor]
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import shuffled_tensor
 from shuffled_tensor import ShuffledMXFP4Tensor
 
-from .helpers import coded, dense, moderate_scales
+from .support.bytes import coded, moderate_scales
+from .support.judges import dense
 
 SAVED = Path(__file__).parent / "data" / "saved_weights_1.pt"
 """Written once, by ``torch.save(weights(), SAVED)`` at the commit that froze the format, and never again."""

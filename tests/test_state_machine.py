@@ -33,9 +33,8 @@ from torch import Tensor, nn
 from shuffled_tensor import ShuffledMXFP4Tensor, override_arch, prepare, refit
 from shuffled_tensor.testing import aiter_double
 
-from .helpers import dense
-from .test_refit import poke
-from .test_views import LAYOUTS, in_memory, marked, marked_parts
+from .support.bytes import LAYOUTS, marked, marked_parts, poke
+from .support.judges import dense, in_memory
 
 Parts = tuple[Tensor, Tensor]
 

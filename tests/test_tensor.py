@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind, quantize, shuffle_scale, shuffle_weight
 
-from .helpers import coded, dense, moderate_scales
+from .support.bytes import coded, moderate_scales
+from .support.judges import dense
 
 KINDS = ("mxfp4_moe", "mxfp4_separated")
 # (experts, rows, columns): padded in every way, and K=512, where a second shuffle would go unseen

@@ -5,82 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
 from itertools import count
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, refit
 
-from .helpers import dense
-from .test_layouts import by_formula
-
-LAYOUTS = ("none", "mxfp4_moe", "mxfp4_separated")
-# K=512, where a second shuffle would go unseen, without pads; and padded in every way
-SHAPES = [(2, 512, 512), (3, 96, 160)]
-
-
-# --- test data and judges, for the other tests of writing too
-
-
-def marked(*shape: int, salt: int = 0) -> Tensor:
-    """Bytes hashed from their position: no two runs of 16 are alike, and no shift maps one onto another."""
-    x = (torch.arange(torch.Size(shape).numel()) + salt * 1000003) * 0x9E3779B1 % 2**32
-    x = (x ^ x >> 15) * 0x85EBCA77 % 2**32
-    x = (x ^ x >> 13) * 0xC2B2AE3D % 2**32
-    return (x >> 16 & 255).to(torch.uint8).view(shape)
-
-
-def marked_parts(experts: int, rows: int, columns: int, salt: int = 0) -> tuple[Tensor, Tensor]:
-    """Row-major codes, and scales between 2**-100 and 2**99."""
-    scale = 27 + marked(experts, rows, columns // 32, salt=salt + 50) % 200
-    return marked(experts, rows, columns // 2, salt=salt), scale
-
-
-def weight_of(
-    parts: tuple[Tensor, Tensor], layout: str = "none", *, gate_up: bool = True, dtype: torch.dtype = torch.float32
-) -> ShuffledMXFP4Tensor:
-    order = "contiguous" if gate_up else None
-    own = (part.clone() for part in parts)
-    return ShuffledMXFP4Tensor(*own, gate_up=gate_up, row_order=order, dtype=dtype).shuffle_(layout)
-
-
-@cache
-def order_by_formula(part: str, rows: int, width: int, layout: str, gate_up: bool) -> Tensor:
-    """Which byte of an expert lies at each place."""
-    return by_formula(part, torch.arange(rows * width).view(1, rows, width), layout, gate_up).flatten()
-
-
-def in_memory(parts: tuple[Tensor, Tensor], layout: str, *, gate_up: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales ``[E, rows, bytes]`` padded, with every byte where the index formulas put it."""
-    placed = []
-    for part, per_byte, fill in zip(parts, (2, 32), (0, 127), strict=True):
-        halves = part.chunk(2, 1) if gate_up else (part,)
-        pads = (0, -(part.shape[2] * per_byte) % 256 // per_byte, 0, -halves[0].shape[1] % 256)
-        padded = torch.cat([F.pad(half, pads, value=fill) for half in halves], 1)
-        if layout != "none":
-            order = order_by_formula("scale" if fill else "weight", *padded.shape[1:], layout, gate_up)
-            padded = padded.flatten(1)[:, order].view(padded.shape)
-        placed.append(padded)
-    return placed[0], placed[1]
-
-
-def assert_holds(weight: ShuffledMXFP4Tensor, parts: tuple[Tensor, Tensor], layout: str) -> None:
-    """The weight says that it lies as `layout`, its bytes do, and they and their pads are those of `parts`."""
-    assert (weight.is_shuffled, weight.shuffle_kind) == (layout != "none", layout if layout != "none" else None)
-    for part, found, expected in zip(
-        ("qdata", "scale"), (weight.qdata, weight.scale), in_memory(parts, layout, gate_up=weight.gate_up), strict=True
-    ):
-        assert torch.equal(found, expected), part
-    assert torch.equal(weight.dequantize(torch.float64), dense(*parts))
-
-
-def addresses(*weights: ShuffledMXFP4Tensor) -> list[int]:
-    return [part.data_ptr() for weight in weights for part in (weight.qdata, weight.scale)]
+from .support.bytes import LAYOUTS, SHAPES, addresses, marked, marked_parts, weight_of
+from .support.judges import assert_holds, dense, in_memory
 
 
 def test_every_run_of_the_test_data_is_its_own() -> None:

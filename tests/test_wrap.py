@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, quantize, quantize_experts_, wrap_experts_
 
-from .helpers import coded, dense, dense_moe, moderate_scales, relative_error
+from .support.bytes import coded, moderate_scales
+from .support.judges import dense, dense_moe, relative_error
 
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 288, 160
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind
 
-from .test_views import marked, weight_of
+from .bytes import marked, weight_of
 
 FORMATS = ("gpt-oss", "quark", "compressed-tensors", "deepseek")
 # padded in both dims, with halves for two ranks; and K=512, where a second shuffle would go unseen

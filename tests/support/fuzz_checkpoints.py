@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Corrupted checkpoint files, one for each seed: refused, or loaded to exactly what is on disk.
 
-Run in a process of its own, ``python -m tests.fuzz_checkpoints FOLDER SEEDS``, so that a crash would be noticed. The
+Run in a process of its own, ``python -m tests.support.fuzz_checkpoints FOLDER SEEDS``, so that a crash would be noticed. The
 judge of what is on disk is the safetensors package.
 """
 
@@ -33,7 +33,7 @@ from .checkpoints import (
     others,
     snapshot,
 )
-from .test_views import in_memory
+from .judges import in_memory
 
 DENSE = make_dense(2, 64, 64)
 REFUSALS = (ValueError, FileNotFoundError)

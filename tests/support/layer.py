@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
 from shuffled_tensor.tensor import storage
 
-from .helpers import coded, moderate_scales
+from .bytes import coded, moderate_scales
 
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 288, 160  # padded to 512 and 256
 

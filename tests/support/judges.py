@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Test data, and judges that share no code with the library."""
+"""What results must be, by judges that share no code with the library."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from shuffled_tensor import ShuffledMXFP4Tensor
+
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-def coded(*shape: int, salt: int = 0) -> Tensor:
-    """Bytes that tell their position: the input of golden/shuffle_digests.json, in which runs of 16 bytes differ."""
-    index = torch.arange(math.prod(shape), dtype=torch.int64) + salt
-    return ((index * 2654435761 % 2**32) >> 24).to(torch.uint8).view(shape)
-
-
-def moderate_scales(*shape: int, salt: int = 7) -> Tensor:
-    """Position-coded e8m0 bytes around 1.0, so that products of them stay far from overflow."""
-    return 120 + coded(*shape, salt=salt) % 8
 
 
 def dense(qdata: Tensor, scale: Tensor) -> Tensor:
@@ -82,3 +75,52 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def cosine(a: Tensor, b: Tensor) -> float:
     a, b = a.double().flatten(), b.double().flatten()
     return float(a @ b / (a.norm() * b.norm()))
+
+
+def by_formula(part: str, data: Tensor, kind: str, gate_up: bool) -> Tensor:
+    """Where each byte goes, one at a time in closed form."""
+    out = torch.empty_like(data)
+    _, rows, width = data.shape
+    n, b = torch.arange(rows).unsqueeze(1), torch.arange(width).unsqueeze(0)
+    if kind == "mxfp4_moe" and gate_up:
+        gate, i = n // (rows // 2), n % (rows // 2)
+        n = 32 * (i // 16) + 16 * gate + i % 16
+    if part == "weight":
+        offset = (n // 16) * 16 * width + (b // 16) * 256 + (n % 16) * 16 + b % 16
+    else:
+        offset = (
+            (n // 32) * 32 * width + (b // 8) * 256 + (b % 4) * 64 + (n % 16) * 4 + (b % 8 // 4) * 2 + (n % 32) // 16
+        )
+    for source, target in zip(data, out, strict=True):
+        target.view(-1)[offset.flatten()] = source.flatten()
+    return out
+
+
+@cache
+def order_by_formula(part: str, rows: int, width: int, layout: str, gate_up: bool) -> Tensor:
+    """Which byte of an expert lies at each place."""
+    return by_formula(part, torch.arange(rows * width).view(1, rows, width), layout, gate_up).flatten()
+
+
+def in_memory(parts: tuple[Tensor, Tensor], layout: str, *, gate_up: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales ``[E, rows, bytes]`` padded, with every byte where the index formulas put it."""
+    placed = []
+    for part, per_byte, fill in zip(parts, (2, 32), (0, 127), strict=True):
+        halves = part.chunk(2, 1) if gate_up else (part,)
+        pads = (0, -(part.shape[2] * per_byte) % 256 // per_byte, 0, -halves[0].shape[1] % 256)
+        padded = torch.cat([F.pad(half, pads, value=fill) for half in halves], 1)
+        if layout != "none":
+            order = order_by_formula("scale" if fill else "weight", *padded.shape[1:], layout, gate_up)
+            padded = padded.flatten(1)[:, order].view(padded.shape)
+        placed.append(padded)
+    return placed[0], placed[1]
+
+
+def assert_holds(weight: ShuffledMXFP4Tensor, parts: tuple[Tensor, Tensor], layout: str) -> None:
+    """The weight says that it lies as `layout`, its bytes do, and they and their pads are those of `parts`."""
+    assert (weight.is_shuffled, weight.shuffle_kind) == (layout != "none", layout if layout != "none" else None)
+    for part, found, expected in zip(
+        ("qdata", "scale"), (weight.qdata, weight.scale), in_memory(parts, layout, gate_up=weight.gate_up), strict=True
+    ):
+        assert torch.equal(found, expected), part
+    assert torch.equal(weight.dequantize(torch.float64), dense(*parts))
