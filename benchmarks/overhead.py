@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind, backends, fused_moe
+from shuffled_tensor import ShuffledMXFP4Tensor, backends, fused_moe
+from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOPK = 8, 256, 256, 16, 2
@@ -28,7 +29,7 @@ class OneMultiplication:
     def refuse(self, call: MoECall) -> str | None:
         return None
 
-    def kind(self, device: torch.device) -> ShuffleKind | None:
+    def kind(self, device: torch.device) -> Layout | None:
         return None
 
     def run(self, call: MoECall) -> Tensor:

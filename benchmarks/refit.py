@@ -61,9 +61,9 @@ def main() -> None:
         before = weight.qdata.data_ptr(), weight.scale.data_ptr()
         time_, extra = seconds(refitted, device, REPEATS), peak_extra_mib(refitted, device)
         stable = (weight.qdata.data_ptr(), weight.scale.data_ptr()) == before
-        assert weight.shuffle_kind is kind
+        assert weight.shuffle_kind == kind
         assert weight[:2].logical_checksum() == expected[:2].logical_checksum()
-        print(f"{'refit, ' + kind.value:24}{time_ * 1e3:9.2f}{time_ / plain:8.2f}x{extra:16.1f}", end="")
+        print(f"{'refit, ' + kind:24}{time_ * 1e3:9.2f}{time_ / plain:8.2f}x{extra:16.1f}", end="")
         print(f"{'stable' if stable else 'MOVED':>10}")
 
 

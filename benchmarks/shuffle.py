@@ -20,19 +20,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shuffled_tensor import ShuffleKind, shuffle_scale, shuffle_weight
+from shuffled_tensor import shuffle_scale, shuffle_weight
 
-KINDS = (ShuffleKind.MXFP4_SEPARATED, ShuffleKind.MXFP4_MOE)
+KINDS = ("mxfp4_separated", "mxfp4_moe")
 
 
-def bytewise(data: Tensor, kind: ShuffleKind, part: str) -> Tensor:
+def bytewise(data: Tensor, kind: str, part: str) -> Tensor:
     """The permute that aiter's own functions do: the same order, moved one byte at a time."""
     experts, rows, columns = data.shape
-    if part == "weight" and kind is ShuffleKind.MXFP4_SEPARATED:
+    if part == "weight" and kind == "mxfp4_separated":
         view = data.view(experts, rows // 16, 16, columns // 16, 16).permute(0, 1, 3, 2, 4)
     elif part == "weight":
         view = data.view(experts, 2, rows // 32, 16, columns // 16, 16).permute(0, 2, 1, 4, 3, 5)
-    elif kind is ShuffleKind.MXFP4_SEPARATED:
+    elif kind == "mxfp4_separated":
         view = data.view(experts, rows // 32, 2, 16, columns // 8, 2, 4).permute(0, 1, 4, 6, 3, 5, 2)
     else:
         view = data.view(experts, 2, rows // 32, 16, columns // 8, 2, 4).permute(0, 2, 4, 6, 3, 5, 1)
@@ -97,11 +97,11 @@ def table(part: str, data: Tensor, shuffle: Callable[..., Tensor], device: str, 
     row("clone", data.clone, None)
     for kind in KINDS:
         assert torch.equal(shuffle(data, kind, gate_up=True), bytewise(data, kind, part))
-        reference = row(f"byte-wise permute, {kind.value}", lambda kind=kind: bytewise(data, kind, part), None)
-        row(f"shuffle, {kind.value}", lambda kind=kind: shuffle(data, kind, gate_up=True), reference)
+        reference = row(f"byte-wise permute, {kind}", lambda kind=kind: bytewise(data, kind, part), None)
+        row(f"shuffle, {kind}", lambda kind=kind: shuffle(data, kind, gate_up=True), reference)
         scratch = data.clone()
         row(
-            f"shuffle in place, {kind.value}",
+            f"shuffle in place, {kind}",
             lambda kind=kind, scratch=scratch: shuffle(scratch, kind, gate_up=True, out=scratch),
             reference,
         )

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 
 from shuffled_tensor.backends.aiter import interop as _interop  # registers operators of other libraries
 from shuffled_tensor.device import arch, override_arch
-from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
+from shuffled_tensor.layouts import LAYOUTS, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
 from shuffled_tensor.modules import prepare, quantize_experts_, refit, wrap_experts_
 from shuffled_tensor.moe.explain import Explanation, explain
 from shuffled_tensor.moe.op import fused_moe
 from shuffled_tensor.mxfp4 import SCALE_RULES, dequantize, quantize
 from shuffled_tensor.picture import picture
 from shuffled_tensor.tensor import ops as _ops  # registers the operations
-from shuffled_tensor.tensor.base import implements
+from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.saving import rebuild_storage, rebuild_weight
-from shuffled_tensor.tensor.weight import KernelOperands, ShuffledMXFP4Tensor
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 if TYPE_CHECKING:
     from shuffled_tensor.checkpoint import (
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "LAYOUTS",
     "SCALE_RULES",
     "CheckpointError",
     "Experts",
     "Explanation",
     "Finding",
     "KernelOperands",
-    "ShuffleKind",
     "ShuffledMXFP4Tensor",
     "arch",
     "convert",
@@ -61,6 +61,8 @@ __all__ = [
     "unshuffle_weight",
     "wrap_experts_",
 ]
+
+implements = ShuffledMXFP4Tensor.operations.implements
 
 del _interop, _ops
 

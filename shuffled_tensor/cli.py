@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from shuffled_tensor.backends.doctor import doctor
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR
 from shuffled_tensor.picture import picture
 
-_KINDS = [kind.value for kind in ShuffleKind if kind is not ShuffleKind.NONE]
+_KINDS = [name for name, layout in LAYOUTS.items() if layout is not ROW_MAJOR]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     show = commands.add_parser("show", help="a picture (SVG) of where each run of 16 bytes of a small weight lands")
-    show.add_argument("kind", choices=[kind.value for kind in ShuffleKind])
+    show.add_argument("kind", choices=list(LAYOUTS))
     show.add_argument("--rows", type=int, default=64, help="N, gate rows and up rows together (default 64)")
     show.add_argument("--k", type=int, default=256, help="K, logical columns (default 256)")
     show.add_argument("--down", action="store_true", help="a down weight (w2), not a gate-up one (w13)")

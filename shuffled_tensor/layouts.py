@@ -1,79 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""The byte orders that gfx950 MoE kernels read, and how to get there and back.
+"""The byte orders that kernels for gfx950 read, and how to get there and back.
 
-A layout is one row of :data:`LAYOUTS`: an einops pattern whose left-hand side is the row-major tensor and whose
-right-hand side, read flat, is the order in memory. The inverse is not written anywhere: the pattern makes a *view*, and
-writing through that view undoes what reading through it does.
+A layout is one row of :data:`LAYOUTS`: einops patterns whose left-hand side is the row-major tensor and whose
+right-hand side, read flat, is the order in memory. Everything else about it is derived from the patterns. The inverse
+is not written anywhere: a pattern makes a *view*, and writing through that view undoes what reading through it does.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from functools import cached_property
 from itertools import product
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["ShuffleKind", "shuffle_scale", "shuffle_weight", "unshuffle_scale", "unshuffle_weight"]
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
 
-
-class ShuffleKind(str, Enum):
-    """How the bytes of an MXFP4 expert weight lie in memory."""
-
-    NONE = "none"
-    """Row-major; gate rows, then up rows."""
-    MXFP4_MOE = "mxfp4_moe"
-    """Gate and up interleaved in groups of 16 rows, then tiled (aiter: ``is_guinterleave=True``, "GUGU")."""
-    MXFP4_SEPARATED = "mxfp4_separated"
-    """Gate rows, then up rows, then tiled (aiter: ``shuffle_weight(layout=(16, 16))``, "GGUU")."""
-
-    __str__ = str.__str__
-
-    @classmethod
-    def _missing_(cls, value: object) -> ShuffleKind:
-        raise ValueError(f"unknown shuffle kind {value!r}; known kinds: {', '.join(repr(kind.value) for kind in cls)}")
-
-
-@dataclass(frozen=True)
-class Order:
-    """A permutation of one expert's bytes, and what the sizes must be for it to tile."""
-
-    pattern: str
-    rows: int
-    """N, the rows of one expert, must be a multiple of this."""
-    columns: int
-    """K, the logical columns, must be a multiple of this."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    weight: Order
-    scale: Order
-
-
-# `c` of a weight counts runs of 16 bytes, which never split: moving them as one element is what makes the shuffle run
-# at memory speed.
-_TILE = {"g": 2, "r": 16, "h": 2, "t": 2, "q": 4}
-
-_PLAIN = Layout(
-    weight=Order("e (n r) c -> e n c r", rows=16, columns=32),
-    scale=Order("e (n h r) (c t q) -> e n c q r t h", rows=32, columns=256),
-)
-_INTERLEAVED = Layout(
-    weight=Order("e (g n r) c -> e n g c r", rows=32, columns=32),
-    scale=Order("e (g n r) (c t q) -> e n c q r t g", rows=64, columns=256),
-)
-
-LAYOUTS: dict[tuple[ShuffleKind, bool], Layout] = {
-    # (kind, gate_up): a down weight is the same bytes in both kinds
-    (ShuffleKind.MXFP4_MOE, True): _INTERLEAVED,
-    (ShuffleKind.MXFP4_MOE, False): _PLAIN,
-    (ShuffleKind.MXFP4_SEPARATED, True): _PLAIN,
-    (ShuffleKind.MXFP4_SEPARATED, False): _PLAIN,
-}
+__all__ = [
+    "LAYOUTS",
+    "ROW_MAJOR",
+    "Layout",
+    "find_layout",
+    "shuffle_scale",
+    "shuffle_weight",
+    "unshuffle_scale",
+    "unshuffle_weight",
+]
 
 MAX_SCRATCH = 64 << 20
 """Bytes of scratch that an in-place operation takes at most, unless one expert is larger."""
@@ -81,16 +39,205 @@ MAX_SCRATCH = 64 << 20
 # On a CPU, scratch that stays in its caches; a GPU wants few launches.
 _IN_PLACE_SCRATCH = {"cpu": 8 << 20}
 
-_RUN = torch.complex128  # 16 bytes
+_VECTOR = 16
+"""Bytes. A CPU that copies fewer of them at a stretch spends its time entering loops."""
+
+_SIZES = {"g": 2, "r": 16, "h": 2, "t": 2, "q": 4}
 
 
-def shuffle_weight(qdata: Tensor, kind: ShuffleKind | str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
-    """Lay packed fp4 codes out as ``kind``.
+@dataclass(frozen=True)
+class Order:
+    """A permutation of one expert's codes or scales.
+
+    ``pattern`` splits the rows into axes with ``n`` among them, and the columns (runs of 16 bytes of codes, single
+    bytes of scales) into axes with ``c``; those two have the sizes that are left. ``g`` is gate and up; where it is
+    absent, a gate-up weight is laid out half by half.
+    """
+
+    part: Part
+    pattern: str
+    sizes: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def _axes(self) -> tuple[list[str], list[str], list[str]]:
+        """Those of the rows, of the columns, and of memory."""
+        match = re.fullmatch(r"e (\w|\([\w ]+\)) (\w|\([\w ]+\)) -> e ([\w ]+)", self.pattern)
+        rows, columns, memory = ([*re.sub(r"[() ]", "", group)] for group in match.groups()) if match else ([], [], [])
+        if "n" not in rows or "c" not in columns or sorted(rows + columns) != sorted(memory) or "g" in rows[1:]:
+            raise ValueError(
+                f"a layout's pattern is 'e (rows) (columns) -> e ...', n among the rows, perhaps behind g, and c among "
+                f"the columns, found {self.pattern!r}"
+            )
+        return rows, columns, memory
+
+    @cached_property
+    def row_tile(self) -> int:
+        """Rows, of each half where gate and up are interleaved, in whose tiles no other row has a byte."""
+        return math.prod(dict(self.sizes)[axis] for axis in self._axes[0] if axis not in "ng")
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the tiles hold rows of both halves, gate and up."""
+        return "g" in self._axes[0]
+
+    @property
+    def rows(self) -> int:
+        """N, the rows of one expert, must be a multiple of this."""
+        return self.row_tile * (2 if self.interleaved else 1)
+
+    @property
+    def columns(self) -> int:
+        """K, the logical columns, must be a multiple of this."""
+        tile = math.prod(dict(self.sizes)[axis] for axis in self._axes[1] if axis != "c")
+        return tile * self.part.element.itemsize * self.part.per_byte
+
+    def shuffle(self, data: Tensor, out: Tensor | None = None) -> Tensor:
+        """From row-major uint8 ``[E, N, bytes]`` into this order; in place where ``out`` is ``data``."""
+        return self._move(data, out, inverse=False)
+
+    def unshuffle(self, data: Tensor, out: Tensor | None = None) -> Tensor:
+        """The inverse of :meth:`shuffle`."""
+        return self._move(data, out, inverse=True)
+
+    def tiles(self, data: Tensor, halves: int, rows: range) -> Tensor:
+        """Some rows (from a multiple of :attr:`row_tile` to another) of each half of experts that lie in this order, in
+        this order: whole tiles. All of them are the tensor itself."""
+        shape = self._memory_shape(data)
+        place = 1 + self._axes[2].index("n")
+        apart = 1 if self.interleaved else halves
+        tiled = self._elements(data).view(*shape[:place], apart, shape[place] // apart, *shape[place + 1 :])
+        chosen = slice(rows.start // self.row_tile, rows.stop // self.row_tile)
+        picked: Tensor = tiled[(slice(None),) * (place + 1) + (chosen,)].contiguous()
+        return picked.view(torch.uint8).view(len(data), halves * len(rows), data.shape[-1])
+
+    def _elements(self, data: Tensor) -> Tensor:
+        return data.view(self.part.element)
+
+    def _memory_shape(self, data: Tensor) -> list[int]:
+        """The size of each axis in the order of memory, the experts' first."""
+        rows, columns, memory = self._axes
+        width = data.shape[-1] // self.part.element.itemsize
+        sizes = dict(self.sizes)
+        sizes["n"] = data.shape[-2] // math.prod(sizes[axis] for axis in rows if axis != "n")
+        sizes["c"] = width // math.prod(sizes[axis] for axis in columns if axis != "c")
+        return [len(data), *(sizes[axis] for axis in memory)]
+
+    def _move(self, data: Tensor, out: Tensor | None, *, inverse: bool) -> Tensor:
+        in_place = out is data or (out is not None and out.is_set_to(data))  # traced tensors know no memory to compare
+        rows, columns, memory = self._axes
+        if memory == rows + columns:  # nothing changes its place
+            return data if in_place else data.clone() if out is None else out.copy_(data)
+        if out is None:
+            out = torch.empty_like(data, memory_format=torch.contiguous_format)
+        if data.numel() == 0:
+            return out
+        source, target = (self._elements(tensor) for tensor in (data, out))
+        if not in_place:
+            self._permute(source, target, inverse)
+            return out
+        limit = _IN_PLACE_SCRATCH.get(data.device.type, MAX_SCRATCH)
+        chunks = list(expert_chunks(len(source), data.nbytes // len(source), limit))
+        scratch = torch.empty_like(target[chunks[0]])
+        for experts in chunks:
+            chunk = target[experts]
+            self._permute(scratch[: len(chunk)].copy_(chunk), chunk, inverse)
+        return out
+
+    def _permute(self, source: Tensor, target: Tensor, inverse: bool) -> None:
+        rows, columns, memory = self._axes
+        sizes = {axis: size for axis, size in self.sizes if axis in rows + columns}
+        tiled = rearrange(target if inverse else source, self.pattern, **sizes)  # a view: axes are split and permuted
+        flat = (source if inverse else target).view(tiled.shape)
+        read, written = (flat, tiled) if inverse else (tiled, flat)
+        short: list[range] = []  # the innermost axes, where they are few bytes together
+        if source.device.type == "cpu":
+            nbytes = source.element_size()
+            for size in reversed(tiled.shape[-len(memory) :]):
+                nbytes *= size
+                if nbytes >= _VECTOR:
+                    break
+                short.insert(0, range(size))
+        for place in product(*short):
+            at: tuple[Any, ...] = (..., *place)
+            written[at].copy_(read[at])
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A row of :data:`LAYOUTS`.
+
+    Attributes:
+        name: as in ``shuffle_kind="mxfp4_moe"``.
+        down: the patterns of codes and of scales of a weight without gate and up (w2).
+        gate_up: and those of one that has gate rows, then up rows (w13).
+        sizes: of the patterns' axes but ``e``, ``n`` and ``c``.
+    """
+
+    name: str
+    down: tuple[str, str]
+    gate_up: tuple[str, str]
+    sizes: tuple[tuple[str, int], ...] = tuple(_SIZES.items())
+
+    @cached_property
+    def _orders(self) -> dict[tuple[Part, bool], Order]:
+        return {
+            (part, gate_up): Order(part, pattern, self.sizes)
+            for gate_up, patterns in ((False, self.down), (True, self.gate_up))
+            for part, pattern in zip(PARTS, patterns, strict=True)
+        }
+
+    def order(self, part: Part, gate_up: bool) -> Order:
+        """How codes, or scales, of a weight with or without gate and up lie."""
+        return self._orders[part, gate_up]
+
+    def same_bytes(self, other: Layout, gate_up: bool) -> bool:
+        """Whether a weight lies in both layouts alike."""
+        return all(self.order(part, gate_up) == other.order(part, gate_up) for part in PARTS)
+
+    def row_tile(self, gate_up: bool) -> int:
+        """Rows of each half in whose tiles, of codes and of scales, no other row has a byte."""
+        return math.lcm(*(self.order(part, gate_up).row_tile for part in PARTS))
+
+    def __repr__(self) -> str:
+        return f"Layout({self.name!r})"
+
+
+ROW_MAJOR = Layout("none", down=("e n c -> e n c",) * 2, gate_up=("e n c -> e n c",) * 2)
+"""Gate rows, then up rows, as a checkpoint's tensors have them."""
+
+_TILED = ("e (n r) c -> e n c r", "e (n h r) (c t q) -> e n c q r t h")
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        ROW_MAJOR,
+        # 16 gate rows, 16 up rows, and so on, then tiled ("GUGU")
+        Layout("mxfp4_moe", down=_TILED, gate_up=("e (g n r) c -> e n g c r", "e (g n r) (c t q) -> e n c q r t g")),
+        # gate rows, then up rows, then tiled ("GGUU"); a down weight is the same bytes as in the row above
+        Layout("mxfp4_separated", down=_TILED, gate_up=_TILED),
+    )
+}
+
+
+def find_layout(name: str) -> Layout:
+    """The row of :data:`LAYOUTS` of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = LAYOUTS.get(name)
+    if found is None:
+        raise ValueError(f"unknown shuffle_kind {name!r}; known: {', '.join(map(repr, LAYOUTS))}")
+    return found
+
+
+def shuffle_weight(qdata: Tensor, shuffle_kind: str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
+    """Lay packed fp4 codes out.
 
     Args:
         qdata: uint8 ``[E, N, K/2]`` (or ``[N, K/2]``, one expert), row-major, two codes a byte; gate rows then up rows
             when ``gate_up``.
-        kind: a :class:`ShuffleKind` or its value. ``"none"`` copies.
+        shuffle_kind: the name of a layout. ``"none"`` copies.
         gate_up: whether the rows are two stacked halves, gate and up (w13), or one (w2).
         out: where to write; ``qdata`` itself permutes in place, expert by expert, in scratch of at most 64 MiB or one
             expert, whichever is larger.
@@ -100,63 +247,38 @@ def shuffle_weight(qdata: Tensor, kind: ShuffleKind | str, *, gate_up: bool, out
 
     Raises:
         TypeError: not a uint8 tensor.
-        ValueError: an unknown kind, another rank than 2 or 3, sizes that do not tile, or an ``out`` that cannot take
+        ValueError: an unknown layout, another rank than 2 or 3, sizes that do not tile, or an ``out`` that cannot take
             the result.
     """
-    return _apply("weight", qdata, kind, gate_up, out, inverse=False)
+    return _apply(CODES, qdata, shuffle_kind, gate_up, out, inverse=False)
 
 
-def unshuffle_weight(qdata: Tensor, kind: ShuffleKind | str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
-    """The exact inverse of :func:`shuffle_weight`: from ``kind`` back to row-major. Same arguments, same errors."""
-    return _apply("weight", qdata, kind, gate_up, out, inverse=True)
+def unshuffle_weight(qdata: Tensor, shuffle_kind: str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
+    """The exact inverse of :func:`shuffle_weight`: back to row-major. Same arguments, same errors."""
+    return _apply(CODES, qdata, shuffle_kind, gate_up, out, inverse=True)
 
 
-def shuffle_scale(scale: Tensor, kind: ShuffleKind | str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
-    """Lay e8m0 scales out as ``kind``: uint8 ``[E, N, K/32]`` (or ``[N, K/32]``). Otherwise as
-    :func:`shuffle_weight`."""
-    return _apply("scale", scale, kind, gate_up, out, inverse=False)
+def shuffle_scale(scale: Tensor, shuffle_kind: str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
+    """Lay e8m0 scales out: uint8 ``[E, N, K/32]`` (or ``[N, K/32]``). Otherwise as :func:`shuffle_weight`."""
+    return _apply(SCALES, scale, shuffle_kind, gate_up, out, inverse=False)
 
 
-def unshuffle_scale(scale: Tensor, kind: ShuffleKind | str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
+def unshuffle_scale(scale: Tensor, shuffle_kind: str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
     """The exact inverse of :func:`shuffle_scale`. Same arguments, same errors."""
-    return _apply("scale", scale, kind, gate_up, out, inverse=True)
+    return _apply(SCALES, scale, shuffle_kind, gate_up, out, inverse=True)
 
 
-def _apply(
-    part: str, data: Tensor, kind: ShuffleKind | str, gate_up: bool, out: Tensor | None, *, inverse: bool
-) -> Tensor:
-    kind = ShuffleKind(kind)
+def _apply(part: Part, data: Tensor, name: str, gate_up: bool, out: Tensor | None, *, inverse: bool) -> Tensor:
+    layout = find_layout(name)
     _check_input(part, data, out)
-    in_place = out is data or (out is not None and out.is_set_to(data))  # traced tensors know no memory to compare
-    if out is None:
-        out = torch.empty_like(data, memory_format=torch.contiguous_format)
-    if kind is ShuffleKind.NONE:
-        return out if in_place else out.copy_(data)
-    order: Order = getattr(LAYOUTS[kind, gate_up], part)
-    _check_sizes(part, data, kind, gate_up, order)
-    if data.numel() == 0:
-        return out
-    source, target = (_elements(part, tensor.unsqueeze(0) if tensor.dim() == 2 else tensor) for tensor in (data, out))
-    if not in_place:
-        _permute(source, target, order, inverse)
-        return out
-    chunks = list(
-        expert_chunks(len(source), data.nbytes // len(source), _IN_PLACE_SCRATCH.get(data.device.type, MAX_SCRATCH))
-    )
-    scratch = torch.empty_like(target[chunks[0]])
-    for experts in chunks:
-        chunk = target[experts]
-        _permute(scratch[: len(chunk)].copy_(chunk), chunk, order, inverse)
-    return out
-
-
-def rows_as_they_lie(data: Tensor, kind: ShuffleKind, *, gate_up: bool, rows: range) -> Tensor:
-    """Codes or scales of some rows (from a multiple of 32 to another) of each half, laid out as ``data`` is: whole
-    tiles, which no other row has a byte in."""
-    interleaved = LAYOUTS.get((kind, gate_up)) is _INTERLEAVED  # its tiles hold rows of both halves
-    blocks, each = (2, 1) if gate_up and not interleaved else (1, 2 if interleaved else 1)
-    parted: Tensor = data.unflatten(1, (blocks, -1))
-    return parted[:, :, rows.start * each : rows.stop * each].flatten(1, 2)
+    if layout is ROW_MAJOR:  # of whatever size
+        return data.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(data)
+    order = layout.order(part, gate_up)
+    _check_sizes(part, data, layout, gate_up)
+    experts = data if data.dim() == 3 else data.unsqueeze(0)
+    into = experts if out is data else out if out is None or out.dim() == 3 else out.unsqueeze(0)
+    done = order.unshuffle(experts, into) if inverse else order.shuffle(experts, into)
+    return done.view(data.shape) if out is None else out
 
 
 def expert_chunks(experts: int, bytes_per_expert: int, limit: int = MAX_SCRATCH) -> Iterator[slice]:
@@ -165,61 +287,44 @@ def expert_chunks(experts: int, bytes_per_expert: int, limit: int = MAX_SCRATCH)
     return (slice(start, min(start + step, experts)) for start in range(0, experts, step))
 
 
-def _permute(source: Tensor, target: Tensor, order: Order, inverse: bool) -> None:
-    sizes = {axis: size for axis, size in _TILE.items() if axis in order.pattern.split("->")[0]}
-    tiled = rearrange(target if inverse else source, order.pattern, **sizes)  # a view: only splits and permutes axes
-    flat = (source if inverse else target).view(tiled.shape)
-    read, written = (flat, tiled) if inverse else (tiled, flat)
-    if source.dtype is torch.uint8 and source.device.type == "cpu":
-        # The innermost axes of a scale are two by two: as one copy, a CPU spends its time entering loops; as four, it
-        # is five times faster.
-        for t, h in product(range(2), repeat=2):
-            written[..., t, h].copy_(read[..., t, h])
-    else:
-        written.copy_(read)
-
-
-def _elements(part: str, data: Tensor) -> Tensor:
-    """The tensor as the elements that a permutation moves: runs of 16 bytes of a weight, single bytes of a scale."""
-    return data.view(_RUN) if part == "weight" else data
-
-
-def _check_input(part: str, data: Tensor, out: Tensor | None) -> None:
-    for name, tensor in (("input", data), ("out", data if out is None else out)):
+def _check_input(part: Part, data: Tensor, out: Tensor | None) -> None:
+    for name, tensor in ((part.name, data), ("out", data if out is None else out)):
         if tensor.dtype is not torch.uint8:
             raise TypeError(
-                f"{part} {name} must be a uint8 tensor, found {tensor.dtype}; packed fp4 codes and e8m0 scales "
+                f"{name} must be a uint8 tensor, found {tensor.dtype}; packed fp4 codes and e8m0 scales "
                 "are viewed with .view(torch.uint8)"
             )
         if tensor.dim() not in (2, 3):
             raise ValueError(
-                f"{part} {name} must be [experts, rows, bytes] or [rows, bytes], found shape {list(tensor.shape)}"
+                f"{name} must be [experts, rows, bytes] or [rows, bytes], found shape {list(tensor.shape)}"
             )
         if not tensor.is_contiguous():
-            raise ValueError(f"{part} {name} must be contiguous, found strides {tensor.stride()}; call .contiguous()")
-        if part == "weight" and tensor.storage_offset() % 16:
+            raise ValueError(f"{name} must be contiguous, found strides {tensor.stride()}; call .contiguous()")
+        if tensor.storage_offset() % part.element.itemsize:
             raise ValueError(
-                f"{part} {name} must start on a multiple of 16 bytes, found storage offset "
+                f"{name} must start on a multiple of {part.element.itemsize} bytes, found storage offset "
                 f"{tensor.storage_offset()}; call .clone()"
             )
     if out is not None and (out.shape != data.shape or out.device != data.device):
         raise ValueError(f"out must be {list(data.shape)} on {data.device}, found {list(out.shape)} on {out.device}")
 
 
-def _check_sizes(part: str, data: Tensor, kind: ShuffleKind, gate_up: bool, order: Order) -> None:
-    rows, columns = data.shape[-2], data.shape[-1] * (2 if part == "weight" else 32)
-    fill = "zero bytes" if part == "weight" else "scale byte 127"
+def _check_sizes(part: Part, data: Tensor, layout: Layout, gate_up: bool) -> None:
+    order = layout.order(part, gate_up)
+    rows, columns = data.shape[-2], data.shape[-1] * part.per_byte
+    fill = f"bytes of {part.pad}"
     if rows % order.rows:
         padded = round_up(rows, order.rows)
         how = f"pad gate and up from {rows / 2:g} to {padded // 2} rows each" if gate_up else f"pad to {padded} rows"
         raise ValueError(
-            f"{part} rows N={rows} are not a multiple of {order.rows}, which {kind.value!r} needs: {how}, with {fill}"
+            f"N={rows} rows are not a multiple of {order.rows}, which {part} in {layout.name!r} needs: {how}, "
+            f"with {fill}"
         )
     if columns % order.columns:
         padded = round_up(columns, order.columns)
         raise ValueError(
-            f"{part} columns K={columns} are not a multiple of {order.columns}, which {kind.value!r} needs: pad "
-            f"to K={padded}, with {fill}"
+            f"K={columns} columns are not a multiple of {order.columns}, which {part} in {layout.name!r} needs: pad to "
+            f"K={padded}, with {fill}"
         )
 
 

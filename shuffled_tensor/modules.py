@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shuffled_tensor import backends, mxfp4
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import find_layout
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -38,7 +38,7 @@ def wrap_experts_(
     w2: str = "w2_weight",
     w13_scale: str = "w13_weight_scale",
     w2_scale: str = "w2_weight_scale",
-    shuffle_kind: ShuffleKind | str | None = None,
+    shuffle_kind: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> _Module:
     """Make every pair of packed codes and scales in a module one :class:`ShuffledMXFP4Tensor` parameter, in place.
@@ -71,7 +71,8 @@ def wrap_experts_(
         for names in ((w13, w13_scale, gate_up), (w2, w2_scale, down))
     ]
     check_logical_dtype(dtype)
-    target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
+    if shuffle_kind is not None:
+        find_layout(shuffle_kind)
     scales: dict[object, object] = {}
     for owner, prefix, tied, name, scale, order in weights:
         with _naming(f"{prefix}{name}"):
@@ -96,7 +97,7 @@ def wrap_experts_(
     for owner, _, tied, name, scale, order in weights:
         if tied not in made:
             codes = getattr(owner, name)
-            packed = ShuffledMXFP4Tensor(codes, getattr(owner, scale), **order, shuffle_kind=target, dtype=dtype)
+            packed = ShuffledMXFP4Tensor(codes, getattr(owner, scale), **order, shuffle_kind=shuffle_kind, dtype=dtype)
             made[tied] = _parameter(codes, packed)
         _set(owner, name, made[tied])
         _set(owner, scale, None)
@@ -109,7 +110,7 @@ def quantize_experts_(
     row_order: str,
     w13: str = "w13_weight",
     w2: str = "w2_weight",
-    shuffle_kind: ShuffleKind | str | None = None,
+    shuffle_kind: str | None = None,
     scale_rule: str = "even",
 ) -> _Module:
     """Make every pair of high-precision expert weights in a module :class:`ShuffledMXFP4Tensor` parameters, in place.
@@ -140,7 +141,8 @@ def quantize_experts_(
         for owner, prefix in owners
         for names in ((w13, gate_up), (w2, down))
     ]
-    target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
+    if shuffle_kind is not None:
+        find_layout(shuffle_kind)
     for owner, prefix, _, name, order in weights:
         with _naming(f"{prefix}{name}"):
             values: Tensor = getattr(owner, name)
@@ -158,7 +160,7 @@ def quantize_experts_(
     for owner, _, tied, name, order in weights:
         if tied not in made:
             values = getattr(owner, name)
-            packed = ShuffledMXFP4Tensor.from_hp(values, **order, shuffle_kind=target, scale_rule=scale_rule)
+            packed = ShuffledMXFP4Tensor.from_hp(values, **order, shuffle_kind=shuffle_kind, scale_rule=scale_rule)
             made[tied] = _parameter(values, packed)
         _set(owner, name, made[tied])
     return module
@@ -190,11 +192,11 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
         steps = tqdm(storages, desc="shuffling MXFP4 weights", unit="weight")
     start, moved, kinds = time.perf_counter(), 0, Counter[str]()
     for storage in steps:
-        kind = backends.kind_at_first_use(storage.qdata.device, storage.target)
-        if kind is not None and kind is not storage.kind:
-            storage.relayout_(kind)
+        kind = backends.kind_at_first_use(storage.qdata.device, storage.requested_layout)
+        if kind is not None and kind is not storage.layout:
+            storage.convert_layout_(kind)
             moved += storage.qdata.nbytes + storage.scale.nbytes
-        kinds[storage.kind.value] += 1
+        kinds[storage.layout.name] += 1
     _log.info(
         "prepared %d MXFP4 weights (%s): shuffled %.2f GiB in %.2f s",
         len(storages),
@@ -234,7 +236,7 @@ def _open(storage: PackedStorage) -> Iterator[None]:
         yield
         storage.close_refit()
     except BaseException as error:
-        storage.abandon_refit(error)
+        storage.validity.abandon_refit(error)
         raise
 
 

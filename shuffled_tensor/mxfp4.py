@@ -9,15 +9,43 @@ even column. A scale byte ``b`` is ``2**(b - 127)``; 255 is NaN, and makes its w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "SCALE_RULES", "dequantize", "quantize"]
+__all__ = ["BLOCK", "CODES", "PARTS", "SCALES", "SCALE_RULES", "Part", "dequantize", "quantize"]
 
 BLOCK = 32
 """Elements that share one scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What is to be known of the codes, and of the scales, of a weight."""
+
+    name: str
+    """Of the argument, attribute and tensor in a file that holds it."""
+    per_byte: int
+    """Columns that one byte is about."""
+    pad: int
+    """The byte that padding is filled with."""
+    dtypes: tuple[torch.dtype, ...]
+    """In which its bytes may come."""
+    element: torch.dtype
+    """Of the bytes that every layout keeps together: they move as one."""
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+CODES = Part(
+    "qdata", 2, 0, (torch.uint8, torch.int8, torch.float4_e2m1fn_x2), element=torch.complex128
+)  # runs of 16 bytes, which is what makes a shuffle run at memory speed
+SCALES = Part("scale", BLOCK, 127, (torch.uint8, torch.float8_e8m0fnu), element=torch.uint8)
+PARTS = (CODES, SCALES)
+"""In the order in which a pair of them is passed around."""
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))

@@ -7,7 +7,7 @@ from colorsys import hls_to_rgb
 
 import torch
 
-from shuffled_tensor.layouts import ShuffleKind, shuffle_weight
+from shuffled_tensor.layouts import find_layout, shuffle_weight
 
 __all__ = ["MAX_RUNS", "picture"]
 
@@ -24,26 +24,26 @@ _INK, _GREY, _PAPER = "#1f2328", "#59636e", "#ffffff"
 _MARGIN, _AXIS, _BETWEEN, _GAP, _CELL_HEIGHT = 28, 38, 128, 8, 14  # pixels
 
 
-def picture(kind: ShuffleKind | str, rows: int, k: int, *, gate_up: bool = True) -> str:
-    """An SVG of a small weight, row-major and as it lies in memory as ``kind``.
+def picture(shuffle_kind: str, rows: int, k: int, *, gate_up: bool = True) -> str:
+    """An SVG of a small weight, row-major and as it lies in memory as ``shuffle_kind``.
 
     A cell is a run of 16 bytes, which no layout splits: it has one colour and one label in both grids, and a tooltip
     with its offset. Where it lands is read off what :func:`shuffle_weight` does to runs that hold their own number.
 
     Args:
-        kind: a :class:`ShuffleKind` or its value.
+        shuffle_kind: the name of a layout.
         rows: N; gate rows then up rows when ``gate_up``.
         k: K, the logical columns, a multiple of 32.
         gate_up: whether the rows are two stacked halves, gate and up (w13), or one (w2).
 
     Raises:
-        ValueError: an unknown kind, sizes that do not tile, or more than :data:`MAX_RUNS` runs.
+        ValueError: an unknown layout, sizes that do not tile, or more than :data:`MAX_RUNS` runs.
     """
-    kind = ShuffleKind(kind)
-    return _Drawing(kind, rows, k // _CODES, gate_up, _runs_in_memory(kind, rows, k, gate_up)).svg()
+    find_layout(shuffle_kind)
+    return _Drawing(shuffle_kind, rows, k // _CODES, gate_up, _runs_in_memory(shuffle_kind, rows, k, gate_up)).svg()
 
 
-def _runs_in_memory(kind: ShuffleKind, rows: int, k: int, gate_up: bool) -> list[int]:
+def _runs_in_memory(shuffle_kind: str, rows: int, k: int, gate_up: bool) -> list[int]:
     """The runs' row-major numbers, in the order of memory."""
     if rows < 1 or k < 1:
         raise ValueError(f"a picture needs rows and columns, found N={rows}, K={k}")
@@ -52,7 +52,7 @@ def _runs_in_memory(kind: ShuffleKind, rows: int, k: int, gate_up: bool) -> list
             f"a picture shows at most {MAX_RUNS} runs of {_CODES} codes; N={rows}, K={k} are {rows * k / _CODES:g}"
         )
     numbers = torch.arange(MAX_RUNS).repeat_interleave(2).view(torch.uint8)  # each fills 16 bytes
-    shuffled = shuffle_weight(numbers[: rows * (k // 2)].view(rows, k // 2), kind, gate_up=gate_up)
+    shuffled = shuffle_weight(numbers[: rows * (k // 2)].view(rows, k // 2), shuffle_kind, gate_up=gate_up)
     if k % _CODES:
         raise ValueError(f"a picture shows whole runs of {_CODES} codes, found K={k}")
     if gate_up and rows % 2:
@@ -62,8 +62,14 @@ def _runs_in_memory(kind: ShuffleKind, rows: int, k: int, gate_up: bool) -> list
 
 
 class _Drawing:
-    def __init__(self, kind: ShuffleKind, rows: int, columns: int, gate_up: bool, memory: list[int]) -> None:
-        self.kind, self.rows, self.columns, self.gate_up, self.memory = kind, rows, columns, gate_up, memory
+    def __init__(self, shuffle_kind: str, rows: int, columns: int, gate_up: bool, memory: list[int]) -> None:
+        self.shuffle_kind, self.rows, self.columns, self.gate_up, self.memory = (
+            shuffle_kind,
+            rows,
+            columns,
+            gate_up,
+            memory,
+        )
         self.half = rows // 2 if gate_up else rows
         self.cell_width = 8 + 6 * len(self.label(len(memory) - 1))
         self.grid_width = columns * self.cell_width
@@ -79,9 +85,9 @@ class _Drawing:
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{self.width}" height="{self.height}" '
             f'viewBox="0 0 {self.width} {self.height}" font-family="system-ui, sans-serif">',
-            f"<title>{self.kind.value}: where each 16-byte run of a {weight} lands</title>",
+            f"<title>{self.shuffle_kind}: where each 16-byte run of a {weight} lands</title>",
             f'<rect width="100%" height="100%" rx="8" fill="{_PAPER}"/>',
-            _text(_MARGIN, 46, self.kind.value, size=24, bold=True),
+            _text(_MARGIN, 46, self.shuffle_kind, size=24, bold=True),
             _text(_MARGIN, 68, f"{weight}, N = {self.rows}, K = {self.columns * _CODES}", fill=_GREY),
             *self.ribbons(),
             *self.grid("row-major", self.left, list(range(len(self.memory)))),

@@ -327,7 +327,7 @@ def test_what_is_explained_is_what_happens(era: str, tuned: bool, monkeypatch: p
             else:
                 assert report.shuffles == shuffled
                 assert report.backend == ("aiter" if double.reads else "reference")
-                assert report.kind is None or set(shuffled.values()) == {report.kind}
+                assert report.layout is None or set(shuffled.values()) == {report.layout}
 
 
 def test_the_kernels_own_rule_may_be_named(device: str) -> None:
@@ -562,7 +562,7 @@ def test_eras_are_told_apart_and_reported() -> None:
 architecture  gfx950
 aiter         of unknown version, era A: since #3470, early (57e74501a5)
 backend       aiter
-kind          mxfp4_moe
+layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
 activations   mxfp4, even
@@ -570,7 +570,7 @@ activations   mxfp4, even
 architecture  gfx950
 aiter         of unknown version, era B: since 39e2ed7e8a
 backend       aiter
-kind          mxfp4_moe
+layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, is_guinterleave=True, gate_mode='separated'
 activations   mxfp4, even
@@ -578,7 +578,7 @@ activations   mxfp4, even
 architecture  gfx950
 aiter         of unknown version, era C: since #3470 as merged (d6ede4548e)
 backend       aiter
-kind          mxfp4_moe
+layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, gate_mode='interleave'
 activations   mxfp4, even
@@ -586,7 +586,7 @@ activations   mxfp4, even
 architecture  gfx950
 aiter         of unknown version, era D: since #3788 (46ecc4489d)
 backend       aiter
-kind          mxfp4_moe
+layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
 activations   mxfp4, even
@@ -594,7 +594,7 @@ activations   mxfp4, even
 architecture  gfx950
 aiter         of unknown version, era E: since #3827 (05567f6668)
 backend       aiter
-kind          mxfp4_moe
+layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
 tags          is_shuffled=True, gate_mode='interleave'
 activations   mxfp4, even
@@ -602,7 +602,7 @@ activations   mxfp4, even
 architecture  gfx950
 aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
 backend       aiter
-kind          mxfp4_separated
+layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
 tags          is_shuffled=True, gate_mode='separated'
 activations   mxfp4, round_up
@@ -610,7 +610,7 @@ activations   mxfp4, round_up
 architecture  gfx950
 aiter         of unknown version, era G: since #4542 (55f4bfeb5e)
 backend       aiter
-kind          mxfp4_separated
+layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
 tags          is_shuffled=True, gate_mode='separated'
 activations   mxfp4, round_up""",

@@ -145,7 +145,7 @@ error: no such file: nothing.safetensors
 error: no tensor of other.safetensors is named as MXFP4 experts are in 'gpt-oss', 'quark', 'compressed-tensors', 'deepseek', 'shuffled_tensor'
 error: cut.safetensors is no whole safetensors file: Error while deserializing header: incomplete metadata, file not fully covered
 error: deepseek.safetensors exists; remove it, or give another name
-error: weight rows N=40 are not a multiple of 32, which 'mxfp4_moe' needs: pad gate and up from 20 to 32 rows each, with zero bytes
+error: N=40 rows are not a multiple of 32, which qdata in 'mxfp4_moe' needs: pad gate and up from 20 to 32 rows each, with bytes of 0
 """,
     )
 

@@ -154,9 +154,26 @@ def test_swap_tensors() -> None:
     assert_holds(weight, small, "none")
     module.w13.shuffle_("mxfp4_separated")
     assert_holds(held, marked_parts(*SMALL), "mxfp4_separated")
-    torch.utils.swap_tensors(module.w13, plain)
-    assert_holds(plain, marked_parts(*SMALL), "mxfp4_separated")
-    assert torch.equal(module.w13, torch.zeros(2))
+    with pytest.raises(RuntimeError, match="different slots"):  # torch's: a plain tensor has no place for our state
+        torch.utils.swap_tensors(module.w13, plain)
+    assert_holds(module.w13, marked_parts(*SMALL), "mxfp4_separated")
+    assert torch.equal(plain, torch.zeros(2))
+
+
+def test_what_engines_do_with_the_dict_of_a_parameter_moves_no_state() -> None:
+    """vLLM copies and assigns `__dict__` of parameters, and their class; only users' attributes are in it."""
+    parts, others = marked_parts(*SMALL), marked_parts(*SMALL, salt=1)
+    weight, other = nn.Parameter(weight_of(parts, "mxfp4_moe")), nn.Parameter(weight_of(others, "mxfp4_separated"))
+    other.weight_loader = "a loader"
+    address = addresses(weight)
+    weight.__dict__ = other.__dict__.copy()
+    assert weight.weight_loader == "a loader"
+    assert_holds(weight, parts, "mxfp4_moe")
+    assert addresses(weight) == address
+    with pytest.raises(TypeError, match="object layout differs"):
+        torch.empty(1).as_subclass(nn.Parameter).__class__ = ShuffledMXFP4Tensor
+    for view in (weight.qdata_view, weight[:, :48]):
+        assert set(vars(view)) <= {"_is_param"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -260,7 +277,7 @@ def test_share_memory(layout: str) -> None:
 
 def state(weight: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
     """What a process believes, the bytes it believes it of, and what it reads out of them."""
-    kind = weight.shuffle_kind.value if weight.is_shuffled else "none"
+    kind = weight.shuffle_kind if weight.is_shuffled else "none"
     memory = [part.numpy().tobytes() for part in (weight.qdata, weight.scale)]
     return kind, memory, weight.dequantize(torch.float64).numpy().tobytes()
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind, fused_moe
+from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, fused_moe
 from shuffled_tensor.mxfp4 import dequantize, quantize
 
 from .support.bytes import coded, moderate_scales
@@ -62,7 +62,7 @@ def test_unshuffled_bytes_taken_for_shuffled_ones_are_garbage() -> None:
         w13, w2 = golden_weights({name: data.clone() for name, data in golden.items()})
         lying = {"w13": w13, "w2": w2}[mistaken]
         (w2 if lying is w13 else w13).shuffle_("mxfp4_separated")
-        lying._storage.kind = ShuffleKind.MXFP4_SEPARATED
+        lying._storage.layout = LAYOUTS["mxfp4_separated"]
         assert cosine(golden_output(golden, w13, w2), golden["out"]) < 0.5
 
 

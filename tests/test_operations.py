@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor
-from shuffled_tensor.tensor.base import GROUPS, OPERATIONS
 
 from .support.bytes import marked, marked_parts, weight_of
 from .support.judges import MAGNITUDES, assert_holds, dense
@@ -38,9 +37,14 @@ def test_the_page_is_what_the_registry_says() -> None:
 
 def test_every_row_is_on_the_page_once() -> None:
     libraries = ("aten", "c10d", "shuffled_tensor", "aiter")
-    shown = [row for group in GROUPS.values() for row in group if str(row).startswith(libraries)]
+    shown = [
+        row
+        for group in ShuffledMXFP4Tensor.operations.groups.values()
+        for row in group
+        if str(row).startswith(libraries)
+    ]
     assert len(shown) == len(set(shown))
-    assert set(shown) == {row for row in OPERATIONS if str(row).startswith(libraries)}
+    assert set(shown) == {row for row in ShuffledMXFP4Tensor.operations if str(row).startswith(libraries)}
 
 
 # --- right: the same expression of our tensor and of a plain one of its values
@@ -294,7 +298,7 @@ def test_refused(expression: Callable[[Tensor], Any], message: str) -> None:
 
 def interrupted() -> ShuffledMXFP4Tensor:
     weight = weight_of(marked_parts(*SHAPE))
-    weight._storage.abandon_refit(KeyError())
+    weight._storage.validity.abandon_refit(KeyError())
     return weight
 
 
@@ -344,7 +348,7 @@ def test_quantised_weights_are_not_quantised_again() -> None:
 
 def test_an_operation_that_is_not_in_the_table_says_what_to_do() -> None:
     with pytest.raises(
-        NotImplementedError, match=re.escape("aten.sort.default is not defined on Shuffled") + ".*dequantize"
+        NotImplementedError, match=re.escape("aten.sort.default is not defined on a Shuffled") + ".*dequantize"
     ):
         weight_of(marked_parts(*SHAPE)).sort()
 

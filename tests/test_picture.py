@@ -152,10 +152,10 @@ def test_errors() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-kind: unknown shuffle kind 'mxfp4'; known kinds: 'none', 'mxfp4_moe', 'mxfp4_separated'
-rows: weight rows N=48 are not a multiple of 32, which 'mxfp4_moe' needs: pad gate and up from 24 to 32 rows each, with zero bytes
-rows of a down weight: weight rows N=24 are not a multiple of 16, which 'mxfp4_moe' needs: pad to 32 rows, with zero bytes
-columns: weight columns K=48 are not a multiple of 32, which 'mxfp4_separated' needs: pad to K=64, with zero bytes
+kind: unknown shuffle_kind 'mxfp4'; known: 'none', 'mxfp4_moe', 'mxfp4_separated'
+rows: N=48 rows are not a multiple of 32, which qdata in 'mxfp4_moe' needs: pad gate and up from 24 to 32 rows each, with bytes of 0
+rows of a down weight: N=24 rows are not a multiple of 16, which qdata in 'mxfp4_moe' needs: pad to 32 rows, with bytes of 0
+columns: K=48 columns are not a multiple of 32, which qdata in 'mxfp4_separated' needs: pad to K=64, with bytes of 0
 an odd column: a picture shows whole runs of 32 codes, found K=65
 columns, not shuffled: a picture shows whole runs of 32 codes, found K=16
 odd rows, not shuffled: gate and up have as many rows each, found N=3

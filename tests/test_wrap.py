@@ -197,7 +197,7 @@ def test_what_wrapping_must_be_told() -> None:
         wrap_experts_(model, row_order="any")
     with pytest.raises(ValueError, match="no submodule of Engine holds gate_up_proj, w2_weight, w13_weight_scale"):
         wrap_experts_(model, row_order="contiguous", w13="gate_up_proj")
-    with pytest.raises(ValueError, match="unknown shuffle kind 'gguu'"):
+    with pytest.raises(ValueError, match="unknown shuffle_kind 'gguu'"):
         wrap_experts_(model, row_order="contiguous", shuffle_kind="gguu")
     with pytest.raises(TypeError, match=r"the logical dtype must be .* found torch\.int8"):
         wrap_experts_(model, row_order="contiguous", dtype=torch.int8)

@@ -9,7 +9,9 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from shuffled_tensor.tensor.base import GROUPS, OPERATIONS
+from shuffled_tensor import ShuffledMXFP4Tensor
+from shuffled_tensor.tensor.base import Operations
+from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.refused import REFUSED
 
 __all__ = ["page"]
@@ -28,13 +30,19 @@ _LAST = (None, "Layers", "Refused")
 
 def page() -> str:
     """The Markdown of docs/OPERATIONS.md."""
-    lines = [_HEAD]
-    for group, operators in sorted(GROUPS.items(), key=lambda item: item[0] in _LAST and _LAST.index(item[0])):
+    views = "# And to a view of codes or scales (`qdata_view`, `scale_view`)\n"
+    return "\n".join([_HEAD, *_tables(ShuffledMXFP4Tensor.operations), views, *_tables(PartView.operations)])
+
+
+def _tables(operations: Operations) -> list[str]:
+    lines = []
+    groups = sorted(operations.groups.items(), key=lambda item: item[0] in _LAST and _LAST.index(item[0]))
+    for group, operators in groups:
         lines += [f"## {group}\n", "| operators | what happens |", "|---|---|"]
-        for does, rows in groupby(operators, lambda operator: _does(OPERATIONS[operator])):
+        for does, rows in groupby(operators, lambda operator: _does(operations[operator])):
             lines.append(f"| {', '.join(f'`{row}`' for row in rows)} | {does} |")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def _does(handler: Callable[..., Any]) -> str:

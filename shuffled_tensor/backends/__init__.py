@@ -12,9 +12,11 @@ from torch import Tensor
 
 from shuffled_tensor.backends import aiter, reference
 from shuffled_tensor.device import arch
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 _log = logging.getLogger("shuffled_tensor")
 
@@ -25,7 +27,7 @@ class Backend(Protocol):
     def refuse(self, call: MoECall, /) -> str | None:
         """Why it does not take a call, or None; looks at everything but data and kinds."""
 
-    def kind(self, device: torch.device, /) -> ShuffleKind | None:
+    def kind(self, device: torch.device, /) -> Layout | None:
         """The layout that it reads on a device; None where it reads any."""
 
     def run(self, call: MoECall, /) -> Tensor: ...
@@ -37,7 +39,7 @@ BACKENDS: dict[str, Backend] = {"aiter": aiter, "reference": reference}
 
 class Choice(NamedTuple):
     backend: str
-    kind: ShuffleKind | None
+    kind: Layout | None
     """The layout that both weights must have; None where any will do."""
     passed_over: dict[str, str]
     """Why each preferred backend does not take the call."""
@@ -67,19 +69,19 @@ def select(call: MoECall, wanted: str | None) -> Choice:
     )
 
 
-def kinds_in_use(choice: Choice, *storages: PackedStorage) -> list[ShuffleKind | None]:
+def kinds_in_use(choice: Choice, *storages: PackedStorage) -> list[Layout | None]:
     """The kind that each weight of a call is brought into by it; None where it stays as it is.
 
     This is a first use whoever computes, so that no later one changes the layout under a call that is running.
     """
-    return [choice.kind or kind_at_first_use(storage.qdata.device, storage.target) for storage in storages]
+    return [choice.kind or kind_at_first_use(storage.qdata.device, storage.requested_layout) for storage in storages]
 
 
-def kind_at_first_use(device: torch.device, target: ShuffleKind | None) -> ShuffleKind | None:
+def kind_at_first_use(device: torch.device, requested: Layout | None) -> Layout | None:
     """The kind that a weight on this device is shuffled into when it is first used; None where it stays as it is."""
     if arch(device) != aiter.ARCH:
         return None
-    return target or aiter.kind(device)
+    return requested or aiter.kind(device)
 
 
 def fingerprint(device: torch.device) -> str:
@@ -96,3 +98,17 @@ def warn_when_passed_over(choice: Choice, device: torch.device) -> None:
 @cache
 def _warn(backend: str, reason: str) -> None:
     _log.warning("fused_moe goes to the %s backend, not to aiter: %s", backend, reason)
+
+
+class _Policy(policy.Policy):
+    def layout_at_first_use(self, device: torch.device, requested: Layout | None) -> Layout | None:
+        return kind_at_first_use(device, requested)
+
+    def fingerprint(self, device: torch.device) -> str:
+        return f"{fingerprint(device)}, {torch.ops.shuffled_tensor.fused_moe_packed.default._schema}"
+
+    def kernel_operands(self, weight: ShuffledMXFP4Tensor) -> policy.KernelOperands:
+        return aiter.kernel_operands(weight)
+
+
+policy.install(_Policy())

@@ -7,7 +7,7 @@ import torch
 
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.device import arch
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import LAYOUTS
 
 __all__ = ["doctor"]
 
@@ -19,9 +19,9 @@ def doctor() -> str:
     for device in devices:
         reason = aiter.unusable(device)
         lines.append(f"{device!s:14}{arch(device)}")
-        lines.append(f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().era.kind.value!r}'}")
+        lines.append(f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().era.kind.name!r}'}")
         lines.append("  reference   yes, reads any layout")
-    lines.append(f"kinds         {', '.join(repr(kind.value) for kind in ShuffleKind)}")
+    lines.append(f"kinds         {', '.join(map(repr, LAYOUTS))}")
     lines.append(f"to change     {_advice(devices)}")
     return "\n".join(lines)
 

@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import SWIGLU_LIMIT, MoECall
+from shuffled_tensor.tensor.storage import PackedStorage
 
 
 def refuse(call: MoECall) -> str | None:
     return None
 
 
-def kind(device: torch.device) -> ShuffleKind | None:
+def kind(device: torch.device) -> Layout | None:
     return None  # reads any
 
 
@@ -43,20 +44,24 @@ def run(call: MoECall) -> Tensor:
     for expert in ids.unique().tolist():
         if expert < 0:
             continue  # another rank's
-        only = range(expert, expert + 1)
         token, slot = (ids == expert).nonzero(as_tuple=True)
         factor = weight[token, slot].unsqueeze(1)
-        gate_up = hidden_states[token] @ call.w13.dequantize(call.w13.whole(only), torch.float32)[0].T
+        gate_up = hidden_states[token] @ _of(call.w13, expert).T
         if call.doweight_stage1:
             gate_up *= factor
         if call.w13_bias is not None:
             gate_up += call.w13_bias[expert]
         intermediate = _round_trip(_activate(call, *gate_up.chunk(2, dim=1)), rule)
-        down = intermediate @ call.w2.dequantize(call.w2.whole(only), torch.float32)[0].T
+        down = intermediate @ _of(call.w2, expert).T
         if call.w2_bias is not None:
             down += call.w2_bias[expert]
         out.index_add_(0, token, down if call.doweight_stage1 else down * factor)
     return out.to(call.dtype)
+
+
+def _of(weight: PackedStorage, expert: int) -> Tensor:
+    """One expert's values, float32."""
+    return weight.dequantize(weight.whole()._replace(experts=range(expert, expert + 1)), torch.float32)[0]
 
 
 def _activate(call: MoECall, gate: Tensor, up: Tensor) -> Tensor:

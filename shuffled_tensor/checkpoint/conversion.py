@@ -14,15 +14,13 @@ from tqdm import tqdm
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.names import find_layers, manifest_weights
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
-from shuffled_tensor.checkpoint.weight import Weight
+from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.checkpoint.writer import Pieces, whole_tensor, write_file
-from shuffled_tensor.layouts import ShuffleKind, shuffle_scale, shuffle_weight
-from shuffled_tensor.tensor.geometry import PAD
+from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout
+from shuffled_tensor.mxfp4 import CODES, PARTS, Part
 from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["convert"]
-
-_SHUFFLES = {"qdata": shuffle_weight, "scale": shuffle_scale}
 
 
 def convert(
@@ -51,18 +49,18 @@ def convert(
         ValueError: an unknown layout or format.
         OSError: the destination cannot be written; another run goes on from there.
     """
-    kind = ShuffleKind.NONE if layout == "canonical" else ShuffleKind(layout)
+    wanted = ROW_MAJOR if layout == "canonical" else find_layout(layout)
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it, or give another name")
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"no such folder to write to: {destination.parent}")
     with Files(source) as files:
-        weights, parts = _plan(files, format, kind)
+        weights, parts = _plan(files, format, wanted)
         kept = {key: text for file in files.files() for key, text in files.metadata(file).items()}
 
         def metadata(checksums: dict[str, str]) -> dict[str, str]:
-            entries = {name: _entry(weight, kind, checksums[name]) for name, weight in weights.items()}
+            entries = {name: _entry(weight, wanted, checksums[name]) for name, weight in weights.items()}
             return {"format": "pt", **kept, **manifest.dump(entries)}
 
         begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
@@ -78,7 +76,7 @@ def convert(
             )
 
 
-def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weight], dict[str, Pieces]]:
+def _plan(files: Files, format: str, layout: Layout) -> tuple[dict[str, Weight], dict[str, Pieces]]:
     """The MXFP4 weights of a checkpoint, and everything that is to be written of it."""
     weights: dict[str, Weight] = {}
     parts: dict[str, Pieces] = {}
@@ -88,12 +86,12 @@ def _plan(files: Files, format: str, kind: ShuffleKind) -> tuple[dict[str, Weigh
         copied -= {part for named in weight.tensors.values() for part in named.values()}
         if weight.quantized:
             weights[name] = weight
-            parts |= {f"{name}.{part}": _packed(weight, part, kind) for part in _SHUFFLES}
+            parts |= {f"{name}.{part}": _packed(weight, part, layout) for part in PARTS}
         else:
-            parts[name] = _plain(weight, "qdata", weight.shape, weight.dtype)
-        if weight.tensors["bias"]:
-            dtype = files.dtype(next(iter(weight.tensors["bias"].values())))
-            parts[f"{name.removesuffix('weight')}bias"] = _plain(weight, "bias", weight.shape[:2], dtype)
+            parts[name] = _plain(weight, CODES, weight.shape, weight.dtype)
+        if weight.tensors[BIAS]:
+            dtype = files.dtype(next(iter(weight.tensors[BIAS].values())))
+            parts[f"{name.removesuffix('weight')}bias"] = _plain(weight, BIAS, weight.shape[:2], dtype)
     for name in sorted(copied):
         if name in parts:
             raise CheckpointError(f"{name} in {files.file(name)} is called what an expert weight would be written as")
@@ -107,7 +105,7 @@ def _compared(weights: dict[str, Weight], parts: dict[str, Pieces], partial: Pat
     Raises:
         CheckpointError: they are not, or another tensor has changed.
     """
-    packed = {f"{name}.{part}" for name in weights for part in _SHUFFLES}
+    packed = {f"{name}.{part}" for name in weights for part in PARTS}
     with Files(partial) as written:
         checksums = {name: weight.checksum() for name, weight in manifest_weights(written).items()}
         for name, weight in weights.items():
@@ -122,28 +120,28 @@ def _compared(weights: dict[str, Weight], parts: dict[str, Pieces], partial: Pat
     return checksums
 
 
-def _packed(weight: Weight, part: str, kind: ShuffleKind) -> Pieces:
+def _packed(weight: Weight, part: Part, layout: Layout) -> Pieces:
     """Codes or scales of a weight, to be written in a layout."""
     span = range(weight.intermediate)
-    entry = _entry(weight, kind, manifest.NO_CHECKSUM)
-    shape = dict(zip(_SHUFFLES, entry.stored_shapes(), strict=True))[part]
+    entry = _entry(weight, layout, manifest.NO_CHECKSUM)
 
     def read(expert: int) -> Tensor:
         data = weight.read(part, expert, span).unsqueeze(0)
-        if kind is ShuffleKind.NONE:
+        if layout is ROW_MAJOR:
             return data
-        return _SHUFFLES[part](entry.geometry.pad(data, PAD[part]), kind, gate_up=weight.gate_up)
+        return layout.order(part, weight.gate_up).shuffle(entry.geometry.pad(part, data))
 
-    return Pieces.along_experts(shape, weight.shape[0], read)
-
-
-def _entry(weight: Weight, kind: ShuffleKind, checksum: str) -> manifest.Entry:
-    """What the manifest will say of a weight; the kind that it was made for stays."""
-    shape, target = (weight.shape, None) if weight.entry is None else (weight.entry.shape, weight.entry.shuffle_kind)
-    return manifest.Entry(kind, weight.gate_up, shape, weight.dtype, target, checksum)
+    return Pieces.along_experts(entry.stored_shape(part), weight.shape[0], read)
 
 
-def _plain(weight: Weight, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Pieces:
+def _entry(weight: Weight, layout: Layout, checksum: str) -> manifest.Entry:
+    """What the manifest will say of a weight; the layout that it was made for stays."""
+    entry = weight.entry
+    shape, requested = (weight.shape, None) if entry is None else (entry.shape, entry.requested_layout)
+    return manifest.Entry(layout, weight.gate_up, shape, weight.dtype, requested, checksum)
+
+
+def _plain(weight: Weight, part: Part | str, shape: tuple[int, ...], dtype: torch.dtype) -> Pieces:
     """Values that are not quantised, to be written for all experts together."""
     span = range(weight.intermediate)
     nbytes = dtype.itemsize * math.prod(shape[1:])

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from shuffled_tensor.checkpoint.names import check_layer, detect, formats_in, group_layers, manifest_weights
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import Weight
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import ROW_MAJOR
+from shuffled_tensor.mxfp4 import CODES, SCALES
 from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["Finding", "inspect", "table"]
@@ -73,9 +74,9 @@ def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
 
     def parts() -> Iterator[Tensor]:
         for expert in range(weight.shape[0]):
-            yield weight.read("qdata", expert, span)
+            yield weight.read(CODES, expert, span)
             if weight.quantized:
-                scale = weight.read("scale", expert, span)
+                scale = weight.read(SCALES, expert, span)
                 counts.add_(torch.bincount(scale.flatten(), minlength=256))
                 yield scale
             progress.update()
@@ -102,9 +103,9 @@ def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
 def _layout(weight: Weight) -> str:
     if not weight.quantized:
         return f"plain {str(weight.dtype).removeprefix('torch.')}"
-    if weight.entry is None or weight.entry.kind is ShuffleKind.NONE:
+    if weight.entry is None or weight.entry.layout is ROW_MAJOR:
         return "canonical"
-    return str(weight.entry.kind)
+    return weight.entry.layout.name
 
 
 def table(findings: list[Finding]) -> str:

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from shuffled_tensor.checkpoint.names import Layer, find_layers, is_shared, manifest_weights
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
-from shuffled_tensor.checkpoint.weight import Weight
-from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.mxfp4 import BLOCK
-from shuffled_tensor.tensor.geometry import PER_BYTE, Geometry
+from shuffled_tensor.checkpoint.weight import BIAS, Weight
+from shuffled_tensor.layouts import ROW_MAJOR
+from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS
+from shuffled_tensor.tensor.geometry import Geometry
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -104,7 +104,7 @@ def load_experts(
                         others = dim == "intermediate" and rank > 0 and not weight.gate_up
                         with torch.inference_mode(bias.is_inference()), torch.no_grad():
                             for place, expert in enumerate(cut.experts):
-                                bias[place] = 0 if others else weight.read("bias", expert, cut.span)
+                                bias[place] = 0 if others else weight.read(BIAS, expert, cut.span)
                     if into is None and cut.whole and isinstance(tensor, ShuffledMXFP4Tensor):
                         _verify(weight, tensor.logical_checksum)
                     progress.update()
@@ -150,7 +150,7 @@ def _new(layer: Layer, cut: _Cut, device: torch.device | str) -> Experts:
     tensors, biases = [], []
     for weight, shape in zip(layer, _shapes(layer, cut), strict=True):
         tensors.append(_empty(weight, shape, device))
-        named = next(iter(weight.tensors["bias"].values()), None)
+        named = next(iter(weight.tensors[BIAS].values()), None)
         dtype = None if named is None else weight.files.dtype(named)
         biases.append(None if dtype is None else torch.zeros(shape[:2], dtype=dtype, device=device))
     return Experts(*tensors, *biases)
@@ -159,11 +159,11 @@ def _new(layer: Layer, cut: _Cut, device: torch.device | str) -> Experts:
 def _empty(weight: Weight, shape: tuple[int, int, int], device: torch.device | str) -> Tensor:
     if not weight.quantized:
         return torch.empty(shape, dtype=weight.dtype, device=device)
-    kind = ShuffleKind.NONE if weight.entry is None else weight.entry.kind
+    layout = ROW_MAJOR if weight.entry is None else weight.entry.layout
     geometry = Geometry(shape[1], shape[2], weight.gate_up)
-    storage = PackedStorage.empty(shape[0], geometry, torch.device(device), kind)
-    storage.target = None if weight.entry is None else weight.entry.shuffle_kind
-    return ShuffledMXFP4Tensor._wrap(storage, storage.whole(range(shape[0])), 3, weight.dtype)
+    storage = PackedStorage.empty(shape[0], geometry, torch.device(device), layout)
+    storage.requested_layout = None if weight.entry is None else weight.entry.requested_layout
+    return ShuffledMXFP4Tensor._wrap(storage, storage.whole(), 3, weight.dtype)
 
 
 def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Experts:
@@ -189,9 +189,9 @@ def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Expert
                 )
             if own is not None and not own.is_floating_point():
                 raise ValueError(f"{name}.{which}_{part} must be floating point, found {own.dtype}")
-        if bool(weight.tensors["bias"]) != (bias is not None) or (bias is not None and bias.shape != shape[:2]):
+        if bool(weight.tensors[BIAS]) != (bias is not None) or (bias is not None and bias.shape != shape[:2]):
             what = "none" if bias is None else f"shape {list(bias.shape)}"
-            wanted = f"of shape {list(shape[:2])}" if weight.tensors["bias"] else "absent"
+            wanted = f"of shape {list(shape[:2])}" if weight.tensors[BIAS] else "absent"
             raise ValueError(f"{name}.{which}_bias must be {wanted} for what {weight.files.path} holds, found {what}")
         found.append((tensor, bias))
     return Experts(found[0][0], found[1][0], found[0][1], found[1][1])
@@ -203,15 +203,15 @@ def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
     if not isinstance(tensor, ShuffledMXFP4Tensor):
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             for place, expert in enumerate(cut.experts):
-                tensor[place].copy_(weight.read("qdata", expert, cut.span))
+                tensor[place].copy_(weight.read(CODES, expert, cut.span))
         return
     storage, experts = tensor._storage, tensor._window.experts
     with tensor.writing():
-        if storage.kind is ShuffleKind.NONE and storage.qdata.device.type == "cpu" and not tensor.is_part_of_experts:
+        if storage.layout is ROW_MAJOR and storage.qdata.device.type == "cpu" and not tensor.is_part_of_experts:
             _read_into(weight, cut, storage, experts)
             return
         for own, expert in zip(experts, cut.experts, strict=True):
-            codes, scale = (weight.read(part, expert, cut.span).unsqueeze(0) for part in PER_BYTE)
+            codes, scale = (weight.read(part, expert, cut.span).unsqueeze(0) for part in PARTS)
             storage.write(tensor._window._replace(experts=range(own, own + 1)), codes, scale)
 
 
@@ -221,8 +221,8 @@ def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range
 
     def read(own: int, expert: int) -> None:
         with torch.inference_mode(storage.qdata.is_inference()), torch.no_grad():
-            for part, data in zip(PER_BYTE, storage.select(range(own, own + 1)), strict=True):
-                weight.read_into(storage.geometry.halves_of(data)[0], part, expert, cut.span)
+            for part, data in zip(PARTS, storage.select(range(own, own + 1)), strict=True):
+                weight.read_into(storage.geometry.halves_of(part, data)[0], part, expert, cut.span)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(read, experts, cut.experts):
@@ -242,7 +242,7 @@ def _verify(weight: Weight, checksum: Callable[[], str]) -> None:
 
 def _nbytes(tensor: Tensor) -> int:
     if isinstance(tensor, ShuffledMXFP4Tensor):
-        return sum(tensor.numel() // per_byte for per_byte in PER_BYTE.values())
+        return sum(tensor.numel() // part.per_byte for part in PARTS)
     return tensor.nbytes
 
 
@@ -266,7 +266,7 @@ def load_file(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
             _write(weight, _Cut(experts, intermediate, True), tensor)
             _verify(weight, tensor.logical_checksum)
             loaded[name] = tensor if len(weight.entry.shape) == 3 else tensor[0]
-        parts = {f"{name}.{part}" for name in weights for part in PER_BYTE}
+        parts = {f"{name}.{part}" for name in weights for part in PARTS}
         for name in files:
             if name not in parts:
                 loaded[name] = files.read(name).to(device)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from shuffled_tensor.checkpoint.source import BROKEN, CheckpointError
-from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.mxfp4 import BLOCK
+from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout
+from shuffled_tensor.mxfp4 import BLOCK, CODES, Part
 from shuffled_tensor.tensor.geometry import Geometry
 
 __all__ = ["Entry", "dump", "parse"]
@@ -33,15 +33,15 @@ _DTYPES = {
 
 class Entry(NamedTuple):
     """One weight ``<name>``, stored as uint8 ``<name>.qdata`` and ``<name>.scale``: logical and row-major where its
-    ``kind`` is ``"none"``, else padded, as the bytes lay in memory."""
+    layout is, else padded, as the bytes lay in memory."""
 
-    kind: ShuffleKind
+    layout: Layout
     gate_up: bool
     shape: tuple[int, ...]
     """Logical: ``[E, N, K]`` or ``[N, K]``."""
     dtype: torch.dtype
-    shuffle_kind: ShuffleKind | None
-    """The kind that the weight was made for, if it was."""
+    requested_layout: Layout | None
+    """The one that the weight was made for, if it was."""
     checksum: str
     """``logical_checksum()``."""
 
@@ -49,24 +49,28 @@ class Entry(NamedTuple):
     def geometry(self) -> Geometry:
         return Geometry(self.shape[-2], self.shape[-1], self.gate_up)
 
-    def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of ``.qdata`` and ``.scale``."""
+    def stored_shape(self, part: Part) -> tuple[int, ...]:
+        """Of ``<name>.qdata`` or ``<name>.scale``."""
         rows, columns = self.shape[-2:]
-        if self.kind is not ShuffleKind.NONE:
-            rows, columns = self.geometry.padded_rows, self.geometry.padded_columns
-        return (*self.shape[:-2], rows, columns // 2), (*self.shape[:-2], rows, columns // BLOCK)
+        one = (rows, columns // part.per_byte) if self.layout is ROW_MAJOR else self.geometry.padded_shape(part)
+        return *self.shape[:-2], *one
+
+    @property
+    def padded(self) -> list[int] | None:
+        """Rows and bytes of one expert's codes, where they are padded."""
+        return None if self.layout is ROW_MAJOR else list(self.geometry.padded_shape(CODES))
 
 
 def dump(entries: Mapping[str, Entry]) -> dict[str, str]:
     """Metadata for a header."""
     tensors = {
         name: {
-            "kind": entry.kind.value,
+            "kind": entry.layout.name,
             "gate_up": entry.gate_up,
             "shape": entry.shape,
-            "padded": entry.stored_shapes()[0][-2:] if entry.kind is not ShuffleKind.NONE else None,
+            "padded": entry.padded,
             "dtype": str(entry.dtype).removeprefix("torch."),
-            "shuffle_kind": None if entry.shuffle_kind is None else entry.shuffle_kind.value,
+            "shuffle_kind": None if entry.requested_layout is None else entry.requested_layout.name,
             "checksum": entry.checksum,
         }
         for name, entry in entries.items()
@@ -109,7 +113,7 @@ def parse(metadata: Mapping[str, str], file: Path) -> dict[str, Entry]:
 
 def _entry(raw: dict[str, Any]) -> Entry:
     shape = tuple(raw["shape"])
-    target, checksum = raw["shuffle_kind"], raw["checksum"]
+    requested, checksum = raw["shuffle_kind"], raw["checksum"]
     if not (len(shape) in (2, 3) and all(type(size) is int and size > 0 for size in shape) and shape[-1] % BLOCK == 0):
         raise ValueError(f"shape {list(shape)}")
     if type(raw["gate_up"]) is not bool or (raw["gate_up"] and shape[-2] % 2):
@@ -119,16 +123,15 @@ def _entry(raw: dict[str, Any]) -> Entry:
     if not isinstance(checksum, str) or len(checksum) != 64:
         raise ValueError(f"checksum {checksum!r}")
     entry = Entry(
-        ShuffleKind(raw["kind"]),
+        find_layout(raw["kind"]),
         raw["gate_up"],
         shape,
         _DTYPES[raw["dtype"]],
-        None if target is None else ShuffleKind(target),
+        None if requested is None else find_layout(requested),
         checksum,
     )
-    padded = list(entry.stored_shapes()[0][-2:]) if entry.kind is not ShuffleKind.NONE else None
-    if raw["padded"] != padded:
-        raise ValueError(f"padded sizes {raw['padded']} for kind {entry.kind.value!r}, which has {padded}")
+    if raw["padded"] != entry.padded:
+        raise ValueError(f"padded sizes {raw['padded']} for kind {entry.layout.name!r}, which has {entry.padded}")
     return entry
 
 

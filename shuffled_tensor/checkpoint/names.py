@@ -7,18 +7,19 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
-from shuffled_tensor.checkpoint.weight import Weight
-from shuffled_tensor.mxfp4 import BLOCK
-from shuffled_tensor.tensor.geometry import PER_BYTE
+from shuffled_tensor.checkpoint.weight import BIAS, Weight
+from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS, SCALES, Part
 
 __all__ = [
-    "FORMATS",
+    "PART_NAMES",
+    "PROJECTIONS",
     "Layer",
     "check_layer",
     "detect",
@@ -31,65 +32,87 @@ __all__ = [
 
 _log = logging.getLogger("shuffled_tensor")
 
-_CODE_DTYPES = (torch.uint8, torch.int8)
-_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 _PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Format(NamedTuple):
-    """A row of :data:`FORMATS`."""
+class Projections(NamedTuple):
+    """A row of :data:`PROJECTIONS`."""
 
-    pattern: re.Pattern[str]
-    """Of a tensor's name, with the groups prefix, projection and part, and expert where each has tensors of its own."""
-    projections: dict[str, tuple[str, int]]
+    before: str
+    """A pattern of what stands before a projection's name, with the group prefix, and expert where each expert has
+    tensors of its own."""
+    names: dict[str, tuple[str, int]]
     """What a projection is part of, ``"w13"`` or ``"w2"``, and which half of it."""
-    parts: dict[str, str]
-    """What a part is: ``"qdata"`` (or a plain weight, where it is floating point), ``"scale"`` or ``"bias"``."""
     row_order: str
     """How the gate and up rows of a w13 come: ``"interleaved"`` or ``"contiguous"`` in one tensor, or ``"apart"`` in
     two."""
+    formats: tuple[str, ...]
+    """The rows of :data:`PART_NAMES` that it goes with."""
 
 
-_BY_EXPERT = r"(?P<prefix>(?:.+\.)?(?:shared_)?experts?)(?:\.(?P<expert>\d{1,9}))?"
-_GATE_UP_DOWN = {"gate_proj": ("w13", 0), "up_proj": ("w13", 1), "down_proj": ("w2", 0)}
+_BY_EXPERT = r"(?P<prefix>(?:.+\.)?(?:shared_)?experts?)(?:\.(?P<expert>\d{1,9}))?\."
 
-FORMATS = {
-    "gpt-oss": Format(
-        re.compile(
-            r"(?P<prefix>(?:.+\.)?experts)\.(?P<projection>gate_up_proj|down_proj)_(?P<part>blocks|scales|bias)"
-        ),
+PROJECTIONS = (
+    Projections(
+        r"(?P<prefix>(?:.+\.)?experts)\.",
         {"gate_up_proj": ("w13", 0), "down_proj": ("w2", 0)},
-        {"blocks": "qdata", "scales": "scale", "bias": "bias"},
         "interleaved",
+        ("gpt-oss",),
     ),
-    "quark": Format(
-        re.compile(_BY_EXPERT + r"\.(?P<projection>gate_proj|up_proj|down_proj)\.(?P<part>weight|weight_scale|bias)"),
-        _GATE_UP_DOWN,
-        {"weight": "qdata", "weight_scale": "scale", "bias": "bias"},
+    Projections(
+        _BY_EXPERT,
+        {"gate_proj": ("w13", 0), "up_proj": ("w13", 1), "down_proj": ("w2", 0)},
         "apart",
+        ("quark", "compressed-tensors"),
     ),
-    "compressed-tensors": Format(
-        re.compile(
-            _BY_EXPERT
-            + r"\.(?P<projection>gate_proj|up_proj|down_proj)\.(?P<part>weight_packed|weight|weight_scale|bias)"
-        ),
-        _GATE_UP_DOWN,
-        {"weight_packed": "qdata", "weight": "qdata", "weight_scale": "scale", "bias": "bias"},
-        "apart",
-    ),
-    "deepseek": Format(
-        re.compile(_BY_EXPERT + r"\.(?P<projection>w1|w2|w3)\.(?P<part>weight|scale)"),
-        {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)},
-        {"weight": "qdata", "scale": "scale"},
-        "apart",
-    ),
-    "shuffled_tensor": Format(
-        re.compile(r"(?:(?P<prefix>.+)\.)?(?P<projection>w13|w2)_(?P<part>weight\.qdata|weight\.scale|weight|bias)"),
-        {"w13": ("w13", 0), "w2": ("w2", 0)},
-        {"weight.qdata": "qdata", "weight": "qdata", "weight.scale": "scale", "bias": "bias"},
-        "contiguous",
-    ),
+    Projections(_BY_EXPERT, {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}, "apart", ("deepseek",)),
+    Projections(r"(?:(?P<prefix>.+)\.)?", {"w13": ("w13", 0), "w2": ("w2", 0)}, "contiguous", ("shuffled_tensor",)),
+)
+
+PART_NAMES: dict[str, dict[str, Part | str]] = {
+    # by format; what follows a projection's name. The first is the format's own name for codes, and codes that are
+    # floating point are a plain weight.
+    "gpt-oss": {"_blocks": CODES, "_scales": SCALES, "_bias": BIAS},
+    "quark": {".weight": CODES, ".weight_scale": SCALES, ".bias": BIAS},
+    "compressed-tensors": {".weight_packed": CODES, ".weight": CODES, ".weight_scale": SCALES, ".bias": BIAS},
+    "deepseek": {".weight": CODES, ".scale": SCALES},
+    "shuffled_tensor": {"_weight.qdata": CODES, "_weight": CODES, "_weight.scale": SCALES, "_bias": BIAS},
 }
+
+
+class _Name(NamedTuple):
+    """What a tensor's name says."""
+
+    layer: str
+    which: str
+    half: int
+    part: Part | str
+    expert: int | None
+    """None where one tensor holds them all."""
+    row_order: str
+    own: bool
+    """Whether the format alone calls codes so."""
+
+
+def _parse(name: str, format: str) -> _Name | None:
+    parts = PART_NAMES[format]
+    for row in PROJECTIONS:
+        if format in row.formats:
+            match = _pattern(row.before, *row.names, "", *parts).fullmatch(name)
+            if match is not None:
+                expert = int(match["expert"] or 0) if "expert" in match.re.groupindex else None
+                which, half = row.names[match["projection"]]
+                part, own = parts[match["part"]], match["part"] == next(iter(parts))
+                return _Name(match["prefix"] or "", which, half, part, expert, row.row_order, own)
+    return None
+
+
+@cache
+def _pattern(before: str, *names: str) -> re.Pattern[str]:
+    """Of projections, and behind an empty name of parts."""
+    end = names.index("")
+    projections, parts = ("|".join(map(re.escape, some)) for some in (names[:end], names[end + 1 :]))
+    return re.compile(f"{before}(?P<projection>{projections})(?P<part>{parts})")
 
 
 class Layer(NamedTuple):
@@ -119,7 +142,7 @@ def manifest_weights(files: Files) -> dict[str, Weight]:
                 )
             key = (None, 0) if len(entry.shape) == 3 else (0, 0)
             weight = Weight(files, name, entry.gate_up, "contiguous", entry=entry)
-            for part in PER_BYTE:
+            for part in PARTS:
                 if f"{name}.{part}" not in files:
                     raise CheckpointError(f"{name}.{part}, which the manifest of {file} describes, is missing")
                 weight.tensors[part][key] = f"{name}.{part}"
@@ -152,27 +175,22 @@ def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, 
         CheckpointError: no tensor, or tensors of two formats, are named as MXFP4 experts; a part is doubled.
         ValueError: an unknown format.
     """
-    row = FORMATS[detect(files, prefix) if format == "auto" else _known(format)]
+    format = detect(files, prefix) if format == "auto" else _known(format)
     entries = {file: manifest.parse(files.metadata(file), file) for file in files.files()}
     found: dict[str, dict[str, Weight]] = defaultdict(dict)
     for name in (name for name in files if name.startswith(prefix)):
-        match = row.pattern.fullmatch(name)
-        if match is None:
+        said = _parse(name, format)
+        if said is None:
             continue
-        layer, (which, half), part = (
-            match["prefix"] or "",
-            row.projections[match["projection"]],
-            row.parts[match["part"]],
-        )
-        if which not in found[layer]:
-            found[layer][which] = Weight(files, f"{layer}.{which}_weight".lstrip("."), which == "w13", row.row_order)
-        weight = found[layer][which]
-        key = (int(match["expert"] or 0) if "expert" in row.pattern.groupindex else None, half)
-        if key in weight.tensors[part]:
-            raise CheckpointError(
-                f"{weight.tensors[part][key]} and {name} in {files.path} are the same part of {layer}"
-            )
-        weight.tensors[part][key] = name
+        weights = found[said.layer]
+        if said.which not in weights:
+            base = f"{said.layer}.{said.which}_weight".lstrip(".")
+            weights[said.which] = Weight(files, base, said.which == "w13", said.row_order)
+        weight, key = weights[said.which], (said.expert, said.half)
+        named = weight.tensors[said.part]
+        if key in named:
+            raise CheckpointError(f"{named[key]} and {name} in {files.path} are the same part of {said.layer}")
+        named[key] = name
         if name.endswith(".qdata"):
             weight.entry = entries[files.file(name)].get(name.removesuffix(".qdata"))
     for layer in [layer for layer, weights in found.items() if _is_foreign(layer, weights)]:
@@ -185,13 +203,13 @@ def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, 
 
 def _is_foreign(layer: str, weights: dict[str, Weight]) -> bool:
     """Whether these are shared experts in some other quantisation, as DeepSeek V4's are in fp8."""
-    dtypes = {weight.files.dtype(name) for weight in weights.values() for name in weight.tensors["qdata"].values()}
-    return is_shared(layer) and bool(dtypes) and dtypes.isdisjoint((*_CODE_DTYPES, *_PLAIN_DTYPES))
+    dtypes = {weight.files.dtype(name) for weight in weights.values() for name in weight.tensors[CODES].values()}
+    return is_shared(layer) and bool(dtypes) and dtypes.isdisjoint((*CODES.dtypes, *_PLAIN_DTYPES))
 
 
 def _known(format: str) -> str:
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; known formats: 'auto', {', '.join(map(repr, FORMATS))}")
+    if format not in PART_NAMES:
+        raise ValueError(f"unknown format {format!r}; known formats: 'auto', {', '.join(map(repr, PART_NAMES))}")
     return format
 
 
@@ -208,7 +226,7 @@ def detect(files: Files, prefix: str = "") -> str:
         both = " and ".join(f"{name} as in {format!r}" for format, name in examples.items())
         raise CheckpointError(f"{files.path} holds {both}; say which with format=")
     raise CheckpointError(
-        f"no tensor of {_among(files, prefix)} is named as MXFP4 experts are in {', '.join(map(repr, FORMATS))}"
+        f"no tensor of {_among(files, prefix)} is named as MXFP4 experts are in {', '.join(map(repr, PART_NAMES))}"
     )
 
 
@@ -216,11 +234,10 @@ def formats_in(files: Files, prefix: str = "") -> dict[str, str]:
     """The formats whose own name for codes is there, each with an example."""
     names = [name for name in files if name.startswith(prefix)]
     examples: dict[str, str] = {}
-    for format, row in FORMATS.items():
-        own = next(iter(row.parts))
+    for format in PART_NAMES:
         for name in names:
-            match = row.pattern.fullmatch(name)
-            if match is not None and match["part"] == own and files.dtype(name) in _CODE_DTYPES:
+            said = _parse(name, format)
+            if said is not None and said.own and files.dtype(name) in CODES.dtypes:
                 examples[format] = name
                 break
     return examples
@@ -237,7 +254,7 @@ def check_layer(layer: str, weights: dict[str, Weight]) -> Layer:
         CheckpointError: a part is missing, or has another shape or dtype than the rest.
     """
     for which in ("w13", "w2"):
-        if which not in weights or not weights[which].tensors["qdata"]:
+        if which not in weights or not weights[which].tensors[CODES]:
             raise CheckpointError(f"{layer} in {next(iter(weights.values())).files.path} has no {which}")
         _measure(weights[which])
     w13, w2 = weights["w13"], weights["w2"]
@@ -252,11 +269,11 @@ def check_layer(layer: str, weights: dict[str, Weight]) -> Layer:
 
 def _measure(weight: Weight) -> None:
     """Fill in what the tensors' shapes and dtypes say, and check that they all say the same."""
-    codes = weight.tensors["qdata"]
+    codes = weight.tensors[CODES]
     first = next(iter(codes.values()))
     shape, dtype = weight.files.shape(first), weight.files.dtype(first)
     stacked = (None, 0) in codes
-    weight.quantized = dtype in _CODE_DTYPES
+    weight.quantized = dtype in CODES.dtypes
     if not weight.quantized:
         if dtype not in _PLAIN_DTYPES:
             raise _wrong(weight, first, f"is {dtype}; codes are uint8 or int8, plain weights floating point")
@@ -266,7 +283,7 @@ def _measure(weight: Weight) -> None:
     lead = (experts,) if stacked else ()
     if weight.entry is not None:
         logical, weight.dtype = (1, *weight.entry.shape)[-3:], weight.entry.dtype
-        expected = dict(zip(PER_BYTE, weight.entry.stored_shapes(), strict=True))
+        expected = {part: weight.entry.stored_shape(part) for part in PARTS}
         if stacked != (len(weight.entry.shape) == 3) or weight.entry.gate_up != weight.gate_up:
             what = f"{list(weight.entry.shape)} with gate_up={weight.entry.gate_up}"
             raise _wrong(weight, first, f"is {what} by its manifest, not [experts, N, K] with gate_up={weight.gate_up}")
@@ -275,27 +292,25 @@ def _measure(weight: Weight) -> None:
             raise _wrong(weight, first, "is in no manifest, so its layout is unknown")
         rows, columns = _logical(weight, first, shape[len(lead) :])
         logical = (experts, rows * halves, columns)
-        expected = {"qdata": shape, "scale": (*lead, rows, columns // BLOCK)}
+        expected = {CODES: shape, SCALES: (*lead, rows, columns // BLOCK)}
     weight.shape = (logical[0], logical[1], logical[2])
     if weight.gate_up and weight.shape[1] % 2:
         raise _wrong(weight, first, f"has {weight.shape[1]} rows, which are no gate and up")
-    expected["bias"] = (*lead, weight.shape[1] // halves)
-    biases = [weight.files.dtype(name) for name in weight.tensors["bias"].values()]
-    dtypes = {
-        "qdata": _CODE_DTYPES if weight.quantized else (dtype,),
-        "scale": _SCALE_DTYPES,
-        "bias": tuple(biases[:1]) if set(biases[:1]) <= set(_PLAIN_DTYPES) else _PLAIN_DTYPES,
-    }
+    biases = [weight.files.dtype(name) for name in weight.tensors[BIAS].values()]
+    one = tuple(biases[:1]) if set(biases[:1]) <= set(_PLAIN_DTYPES) else _PLAIN_DTYPES
     keys = [(None, 0)] if stacked else [(expert, half) for expert in range(experts) for half in range(halves)]
-    for part in ("qdata", *(["scale"] if weight.quantized else []), *(["bias"] if weight.tensors["bias"] else [])):
-        _check_part(weight, first, part, keys, dtypes[part], expected[part])
+    _check_part(weight, first, CODES, keys, CODES.dtypes if weight.quantized else (dtype,), expected[CODES])
+    if weight.quantized:
+        _check_part(weight, first, SCALES, keys, SCALES.dtypes, expected[SCALES])
+    if biases:
+        _check_part(weight, first, BIAS, keys, one, (*lead, weight.shape[1] // halves))
 
 
 def _logical(weight: Weight, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor of codes or plain values, from its shape without experts."""
     rows, columns = 0, 0
     if len(shape) == 2:
-        rows, columns = shape[0], shape[1] * (PER_BYTE["qdata"] if weight.quantized else 1)
+        rows, columns = shape[0], shape[1] * (CODES.per_byte if weight.quantized else 1)
     elif len(shape) == 3 and shape[2] == 16 and weight.quantized:
         rows, columns = shape[0], shape[1] * BLOCK
     if not rows or not columns or (weight.quantized and columns % BLOCK):
@@ -307,7 +322,7 @@ def _logical(weight: Weight, name: str, shape: tuple[int, ...]) -> tuple[int, in
 def _check_part(
     weight: Weight,
     first: str,
-    part: str,
+    part: Part | str,
     keys: Sequence[tuple[int | None, int]],
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...],

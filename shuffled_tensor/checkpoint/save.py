@@ -12,8 +12,8 @@ from torch import Tensor
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.source import DTYPES
 from shuffled_tensor.checkpoint.writer import Pieces, write_file
-from shuffled_tensor.layouts import ShuffleKind
-from shuffled_tensor.tensor.geometry import PER_BYTE
+from shuffled_tensor.layouts import ROW_MAJOR
+from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.tensor.storage import locked
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -54,7 +54,7 @@ def save_file(
         if weight.numel() == 0:
             raise ValueError(f"{name!r} has no experts or rows, found shape {list(weight.shape)}")
     with locked(*(tensor._storage for tensor in packed.values())):  # values, layouts and checksums stay those of now
-        parts: dict[str, Pieces] = {}
+        pieces: dict[str, Pieces] = {}
         entries = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, ShuffledMXFP4Tensor):
@@ -62,42 +62,41 @@ def save_file(
                     tensor = tensor.clone()  # it has no bytes that lie in any way
                     assert isinstance(tensor, ShuffledMXFP4Tensor)
                 entries[name] = _entry(tensor, layout)
-                new = {f"{name}.{part}": _packed_part(tensor, entries[name], part) for part in PER_BYTE}
+                new = {f"{name}.{part}": _packed_part(tensor, entries[name], part) for part in PARTS}
             else:
                 new = {name: _plain_part(name, tensor)}
-            for part in new:
-                if part in parts or part == "__metadata__":
-                    raise ValueError(f"a tensor cannot be called {part!r}, which is taken")
-            parts |= new
+            for key in new:
+                if key in pieces or key == "__metadata__":
+                    raise ValueError(f"a tensor cannot be called {key!r}, which is taken")
+            pieces |= new
         if entries:
             metadata |= manifest.dump(entries)
-        write_file(Path(path), parts, metadata, resume=False)
+        write_file(Path(path), pieces, metadata, resume=False)
 
 
 def _entry(tensor: ShuffledMXFP4Tensor, layout: str) -> manifest.Entry:
     storage = tensor._storage
     return manifest.Entry(
-        storage.kind if layout == "as_is" else ShuffleKind.NONE,
+        storage.layout if layout == "as_is" else ROW_MAJOR,
         tensor.gate_up,
         tuple(tensor.shape),
         tensor.dtype,
-        storage.target,
+        storage.requested_layout,
         tensor.logical_checksum(),
     )
 
 
-def _packed_part(tensor: ShuffledMXFP4Tensor, entry: manifest.Entry, part: str) -> Pieces:
+def _packed_part(tensor: ShuffledMXFP4Tensor, entry: manifest.Entry, part: Part) -> Pieces:
     storage, window = tensor._storage, tensor._window
-    which = list(PER_BYTE).index(part)
 
     def read(index: int) -> Tensor:
         expert = window.experts[index]
         experts = range(expert, expert + 1)
-        canonical = entry.kind is ShuffleKind.NONE
+        canonical = entry.layout is ROW_MAJOR
         found = storage.read(window._replace(experts=experts)) if canonical else storage.select(experts)
-        return found[which].cpu()
+        return found[PARTS.index(part)].cpu()
 
-    return Pieces.along_experts(entry.stored_shapes()[which], window.shape[0], read)
+    return Pieces.along_experts(entry.stored_shape(part), window.shape[0], read)
 
 
 def _plain_part(name: str, tensor: Tensor) -> Pieces:

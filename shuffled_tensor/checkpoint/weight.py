@@ -11,11 +11,15 @@ from torch import Tensor
 
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.source import Files
-from shuffled_tensor.layouts import ShuffleKind, unshuffle_scale, unshuffle_weight
-from shuffled_tensor.tensor.geometry import PER_BYTE, slice_of
+from shuffled_tensor.layouts import ROW_MAJOR
+from shuffled_tensor.mxfp4 import PARTS, Part
+from shuffled_tensor.tensor.geometry import slice_of
 from shuffled_tensor.tensor.storage import checksum
 
-__all__ = ["Weight"]
+__all__ = ["BIAS", "Weight"]
+
+BIAS = "bias"
+"""Stands where a part of the weight would for the bias that comes with it."""
 
 _CACHED = 2**20
 """Bytes of interleaved rows that are read at a time: parting them costs little while they are in a CPU's cache."""
@@ -29,7 +33,7 @@ class Weight:
     name: str
     gate_up: bool
     row_order: str
-    tensors: dict[str, dict[tuple[int | None, int], str]] = field(default_factory=lambda: defaultdict(dict))
+    tensors: dict[Part | str, dict[tuple[int | None, int], str]] = field(default_factory=lambda: defaultdict(dict))
     """Names, by part, and by expert (None: one tensor holds them all) and half."""
     shape: tuple[int, int, int] = (0, 0, 0)
     """Logical, ``[E, N, K]``."""
@@ -43,9 +47,9 @@ class Weight:
     def intermediate(self) -> int:
         return self.shape[1] // 2 if self.gate_up else self.shape[2]
 
-    def read(self, part: str, expert: int, span: range) -> Tensor:
-        """One expert's ``"qdata"`` (plain values where not quantised), ``"scale"`` or ``"bias"``, row-major and gate
-        rows first: uint8 ``[N, K/2]`` and ``[N, K/32]``, and ``[N]``.
+    def read(self, part: Part | str, expert: int, span: range) -> Tensor:
+        """One expert's codes (plain values where not quantised), scales or bias, row-major and gate rows first: uint8
+        ``[N, K/2]`` and ``[N, K/32]``, and ``[N]``.
 
         ``span`` is of the intermediate dimension: rows of both halves of a w13, columns of a w2 (cut from whole rows,
         which are shorter than what a disk reads at once).
@@ -55,21 +59,20 @@ class Weight:
         """
         halves, rows = (2, len(span)) if self.gate_up else (1, self.shape[1])
         columns = self.shape[2] if self.gate_up else len(span)
-        packed = self.quantized and part != "bias"
-        shape = (halves, rows) if part == "bias" else (halves, rows, columns // (PER_BYTE[part] if packed else 1))
-        dtype = torch.uint8 if packed else self.files.dtype(next(iter(self.tensors[part].values())))
+        shape = (halves, rows) if part == BIAS else (halves, rows, columns // self._per_byte(part))
+        dtype = torch.uint8 if self._packed(part) else self.files.dtype(next(iter(self.tensors[part].values())))
         out = torch.empty(shape, dtype=dtype, device="cpu")
         self.read_into(out, part, expert, span)
         return out.flatten(0, 1)
 
-    def read_into(self, out: Tensor, part: str, expert: int, span: range) -> None:
+    def read_into(self, out: Tensor, part: Part | str, expert: int, span: range) -> None:
         """:meth:`read`, with the rows of each half to be written to ``out[half]``, on the CPU."""
         if not self.gate_up:
-            per_byte = PER_BYTE[part] if self.quantized and part != "bias" else 1
-            if part == "bias" or len(span) == self.intermediate:
+            if part == BIAS or len(span) == self.intermediate:
                 self._rows(part, expert, out=out[0])
             else:
-                out[0].copy_(self._rows(part, expert)[:, slice_of(span, per_byte)])
+                columns = slice_of(span, self._packed(part))
+                out[0].copy_(self._rows(part, expert)[:, columns])
         elif self.row_order == "interleaved":
             step = max(1, _CACHED // out[:, :1].nbytes)
             for start in range(0, len(span), step):
@@ -86,24 +89,28 @@ class Weight:
     def checksum(self) -> str:
         """Of the logical value as it is stored."""
         span = range(self.intermediate)
-        parts = ("qdata", "scale")
-        return checksum(self.shape, (self.read(part, e, span) for e in range(self.shape[0]) for part in parts))
+        return checksum(self.shape, (self.read(part, e, span) for e in range(self.shape[0]) for part in PARTS))
+
+    def _packed(self, part: Part | str) -> Part | None:
+        """The part as bytes, where it is quantised."""
+        return part if self.quantized and isinstance(part, Part) else None
+
+    def _per_byte(self, part: Part | str) -> int:
+        packed = self._packed(part)
+        return 1 if packed is None else packed.per_byte
 
     def _rows(
-        self, part: str, expert: int, half: int = 0, rows: slice = slice(None), out: Tensor | None = None
+        self, part: Part | str, expert: int, half: int = 0, rows: slice = slice(None), out: Tensor | None = None
     ) -> Tensor:
         """Rows of one tensor as plain values, or as bytes; in ``out``, where one is given."""
         stacked = (None, 0) in self.tensors[part]
         name = self.tensors[part][None if stacked else expert, half]
         index = (expert, rows) if stacked else (rows,)
-        if self.entry is None or self.entry.kind is ShuffleKind.NONE or part not in PER_BYTE:
+        packed = self._packed(part)
+        if self.entry is None or self.entry.layout is ROW_MAJOR or packed is None:
             data = self.files.read(name, *index, out=out)
-            if data is out or not self.quantized or part == "bias":
-                return data
-            data = data.view(torch.uint8)
-            return data.flatten(1) if part == "qdata" else data  # blocks come as [N, K/32, 16]
-        data = self.files.read(name, *index[:-1]).view(torch.uint8)
-        unshuffle = unshuffle_weight if part == "qdata" else unshuffle_scale
-        data = unshuffle(data, self.entry.kind, gate_up=self.gate_up)
-        data = self.entry.geometry.halves_of(data.unsqueeze(0)).flatten(0, 2)[rows]
+            return data if data is out or packed is None else data.view(torch.uint8).flatten(1)  # blocks are 3D
+        data = self.files.read(name, *index[:-1]).view(torch.uint8).unsqueeze(0)
+        data = self.entry.layout.order(packed, self.gate_up).unshuffle(data)
+        data = self.entry.geometry.halves_of(packed, data).flatten(0, 2)[rows]
         return data if out is None else out.copy_(data)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import find_layout
 from shuffled_tensor.tensor.geometry import Geometry
 from shuffled_tensor.tensor.storage import PackedStorage
 
@@ -72,7 +72,7 @@ class MoECall:
             self.w13_qdata,
             self.w13_scale,
             Geometry(2 * self.intermediate, self.hidden, gate_up=True),
-            ShuffleKind(self.w13_kind),
+            find_layout(self.w13_kind),
         )
 
     @property
@@ -81,7 +81,7 @@ class MoECall:
             self.w2_qdata,
             self.w2_scale,
             Geometry(self.hidden, self.intermediate, gate_up=False),
-            ShuffleKind(self.w2_kind),
+            find_layout(self.w2_kind),
         )
 
     @property

@@ -10,7 +10,6 @@ from typing import Any
 from shuffled_tensor import backends
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.device import arch
-from shuffled_tensor.layouts import ShuffleKind
 from shuffled_tensor.moe.call import MoECall
 from shuffled_tensor.moe.op import fused_moe, plan
 
@@ -25,9 +24,9 @@ class Explanation:
     aiter: str
     """The aiter that is installed and its era, or why none can be used."""
     backend: str
-    kind: ShuffleKind | None
+    layout: str | None
     """The layout that the backend reads; None where it reads any."""
-    shuffles: dict[str, ShuffleKind]
+    shuffles: dict[str, str]
     """What w13 and w2 would be laid out anew as. On the GPU that aiter is for, the first use does that whoever
     computes."""
     tags: dict[str, Any]
@@ -37,12 +36,12 @@ class Explanation:
     """The backends that would have been preferred, and why they do not take the call."""
 
     def __str__(self) -> str:
-        shuffles = (f"{name} to {kind.value}" for name, kind in self.shuffles.items())
+        shuffles = (f"{name} to {layout}" for name, layout in self.shuffles.items())
         lines = [
             f"architecture  {self.arch}",
             f"aiter         {self.aiter}",
             f"backend       {self.backend}",
-            f"kind          {self.kind.value if self.kind else 'any'}",
+            f"layout        {self.layout or 'any'}",
             f"shuffles      {', '.join(shuffles) or 'nothing'}",
             f"tags          {', '.join(f'{name}={value!r}' for name, value in self.tags.items()) or 'none'}",
             f"activations   {self.activations}",
@@ -72,9 +71,9 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
             storage.check_usable_as(choice.kind)
     kinds = backends.kinds_in_use(choice, *storages)
     shuffles = {
-        name: kind
-        for name, kind, storage in zip(weights, kinds, storages, strict=True)
-        if kind not in (None, storage.kind)
+        name: layout.name
+        for name, layout, storage in zip(weights, kinds, storages, strict=True)
+        if layout is not None and layout is not storage.layout
     }
     device = call.w13_qdata.device
     tags: dict[str, Any] = {}
@@ -87,7 +86,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         arch=arch(device),
         aiter=aiter.installed(),
         backend=choice.backend,
-        kind=choice.kind,
+        layout=None if choice.kind is None else choice.kind.name,
         shuffles=shuffles,
         tags=tags,
         activations=activations,

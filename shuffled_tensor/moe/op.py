@@ -13,7 +13,6 @@ from torch import Tensor
 
 from shuffled_tensor import backends
 from shuffled_tensor.moe.call import MoECall
-from shuffled_tensor.tensor.base import implements
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["fused_moe"]
@@ -109,7 +108,7 @@ def fused_moe(
     )
 
 
-@implements(torch.ops.shuffled_tensor.fused_moe.default)
+@ShuffledMXFP4Tensor.operations.implements(torch.ops.shuffled_tensor.fused_moe.default)
 def _lower(
     hidden_states: Tensor,
     w13: Tensor,
@@ -126,14 +125,14 @@ def _lower(
     call, choice = plan(*arguments)
     storages = [weight._storage for weight in (w13, w2) if isinstance(weight, ShuffledMXFP4Tensor)]
     kinds = backends.kinds_in_use(choice, *storages)
-    if any(kind not in (None, found) for kind, found in zip(kinds, (call.w13_kind, call.w2_kind), strict=True)):
+    if any(kind not in (None, storage.layout) for kind, storage in zip(kinds, storages, strict=True)):
         call.check()  # and the kinds, before anything is changed
         for storage in storages:
             if choice.kind is not None:
                 storage.check_usable_as(choice.kind)
         for storage, kind in zip(storages, kinds, strict=True):
             if kind is not None:
-                storage.relayout_(kind)
+                storage.convert_layout_(kind)
         call, choice = plan(*arguments)
     backends.warn_when_passed_over(choice, w13.device)
     return torch.ops.shuffled_tensor.fused_moe_packed(*vars(call).values())  # type: ignore[no-any-return]
@@ -171,8 +170,8 @@ def plan(
         w2.scale,
         topk_weight,
         topk_ids,
-        w13._storage.kind.value,
-        w2._storage.kind.value,
+        w13._storage.layout.name,
+        w2._storage.layout.name,
         w2.shape[2],
         str(out_dtype).removeprefix("torch."),
         "",

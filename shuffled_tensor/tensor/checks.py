@@ -7,33 +7,27 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
+from shuffled_tensor.mxfp4 import CODES, SCALES
 
-__all__ = ["CODE_DTYPES", "SCALE_DTYPES", "check_logical_dtype", "check_parts", "check_row_order"]
+__all__ = ["check_logical_dtype", "check_parts", "check_row_order"]
 
-CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 _LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROW_ORDERS = ("contiguous", "interleaved")
 
 
 def check_parts(qdata: Tensor, scale: Tensor) -> None:
-    for name, data, dtypes, remedy in (
-        (
-            "qdata",
-            qdata,
-            CODE_DTYPES,
-            "; quantise float weights with ShuffledMXFP4Tensor.from_hp" if qdata.is_floating_point() else "",
-        ),
-        ("scale", scale, SCALE_DTYPES, "; e8m0 scales are exponent bytes, not factors"),
+    for part, data, remedy in (
+        (CODES, qdata, "; quantise float weights with ShuffledMXFP4Tensor.from_hp" * qdata.is_floating_point()),
+        (SCALES, scale, "; e8m0 scales are exponent bytes, not factors"),
     ):
-        if data.dtype not in dtypes:
-            raise TypeError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, found {data.dtype}{remedy}")
+        if data.dtype not in part.dtypes:
+            raise TypeError(f"{part} must be {' or '.join(map(str, part.dtypes))}, found {data.dtype}{remedy}")
     if qdata.dim() not in (2, 3):
         raise ValueError(
             f"qdata must be [experts, N, K/2] or [N, K/2], found shape {list(qdata.shape)}; blocks [..., K/32, "
             "16] become it with .flatten(-2)"
         )
-    columns = qdata.shape[-1] * 2
+    columns = qdata.shape[-1] * CODES.per_byte
     if columns == 0 or columns % mxfp4.BLOCK:
         raise ValueError(
             f"K must be a multiple of {mxfp4.BLOCK}, found K={columns} (qdata of shape {list(qdata.shape)} holds "

@@ -7,20 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import round_up
+from shuffled_tensor.mxfp4 import Part
 
-__all__ = ["PAD", "PADDING", "PER_BYTE", "Geometry", "Window", "slice_of"]
+__all__ = ["PADDING", "Geometry", "Window", "slice_of"]
 
 PADDING = 256
-"""Rows (of each gate and up half) and columns are padded to multiples of this, as ATOM does, so that the w13 and w2 of
-one layer agree on both."""
-
-PER_BYTE = {"qdata": 2, "scale": mxfp4.BLOCK}
-"""Columns that one byte of codes, and of scales, is about."""
-
-PAD = {"qdata": 0, "scale": 127}
-"""What padding is filled with: zero codes, and scales of 1."""
+"""Rows (of each gate and up half) and columns are padded to multiples of this, so that the w13 and w2 of one layer
+agree on both and every layout tiles them."""
 
 
 class Geometry(NamedTuple):
@@ -46,32 +40,42 @@ class Geometry(NamedTuple):
     def padded(self) -> bool:
         return (self.padded_rows, self.padded_columns) != (self.rows, self.columns)
 
-    def halves_of(self, packed: Tensor) -> Tensor:
+    def padded_shape(self, part: Part) -> tuple[int, int]:
+        """Of one expert's codes or scales, in rows and bytes."""
+        return self.padded_rows, self.padded_columns // part.per_byte
+
+    def halves_of(self, part: Part, packed: Tensor) -> Tensor:
         """The logical part of row-major padded codes or scales ``[E, padded_rows, bytes]``: a view ``[E, halves, rows /
         halves, logical bytes]``."""
-        logical_bytes = self.columns * packed.shape[-1] // self.padded_columns
         halves: Tensor = packed.unflatten(1, (self.halves, -1))
-        return halves[:, :, : self.rows // self.halves, :logical_bytes]
+        return halves[:, :, : self.rows // self.halves, : self.columns // part.per_byte]
 
-    def pad(self, logical: Tensor, fill: int, *, interleaved: bool = False) -> Tensor:
+    def pad(self, part: Part, logical: Tensor, *, interleaved: bool = False) -> Tensor:
         """Codes or scales ``[E, rows, bytes]`` in a new, row-major ``[E, padded_rows, padded bytes]``; ``interleaved``
         rows (g0, u0, g1, ...) are parted."""
-        padded_bytes = logical.shape[-1] * self.padded_columns // self.columns
-        padded = logical.new_full((len(logical), self.padded_rows, padded_bytes), fill)
+        padded = logical.new_full((len(logical), *self.padded_shape(part)), part.pad)
         halves = (
             logical.unflatten(1, (-1, 2)).transpose(1, 2) if interleaved else logical.unflatten(1, (self.halves, -1))
         )
-        self.halves_of(padded).copy_(halves)
+        self.halves_of(part, padded).copy_(halves)
         return padded
 
-    def put(self, padded: Tensor, values: Tensor, rows: range, columns: slice) -> None:
-        """Write `values` over some logical rows and bytes of row-major padded codes or scales."""
+    def rewrite_pads(self, part: Part, packed: Tensor) -> None:
+        """Give the pads of row-major padded codes or scales the value that they are defined to have."""
+        rows, logical_bytes = self.rows // self.halves, self.columns // part.per_byte
+        halves = packed.unflatten(1, (self.halves, -1))
+        halves[:, :, rows:] = part.pad
+        halves[..., logical_bytes:] = part.pad
+
+    def put(self, part: Part, padded: Tensor, values: Tensor, rows: range, columns: range) -> None:
+        """Write `values` over some logical rows and columns of row-major padded codes or scales."""
         each = self.rows // self.halves
         for half in range(self.halves):
             first, last = max(rows.start, half * each), min(rows.stop, (half + 1) * each)
             if first < last:
                 offset = half * (self.padded_rows // self.halves - each)
-                padded[:, first + offset : last + offset, columns] = values[:, first - rows.start : last - rows.start]
+                target = padded[:, first + offset : last + offset, slice_of(columns, part)]
+                target.copy_(values[:, first - rows.start : last - rows.start])
 
 
 class Window(NamedTuple):
@@ -86,5 +90,7 @@ class Window(NamedTuple):
         return len(self.experts), len(self.rows), len(self.columns)
 
 
-def slice_of(window: range, per_byte: int = 1) -> slice:
+def slice_of(window: range, part: Part | None = None) -> slice:
+    """A range as a slice; of columns, in the bytes of a part."""
+    per_byte = 1 if part is None else part.per_byte
     return slice(window.start // per_byte, -(-window.stop // per_byte), window.step)

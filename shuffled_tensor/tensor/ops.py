@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What each aten operation does to a :class:`ShuffledMXFP4Tensor`: the rows of
-:data:`shuffled_tensor.tensor.base.OPERATIONS`. A handler's docstring is its line in docs/OPERATIONS.md.
+``ShuffledMXFP4Tensor.operations``. A handler's docstring is its line in docs/OPERATIONS.md.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.tensor.base import implements
+from shuffled_tensor.mxfp4 import PARTS, SCALES
 from shuffled_tensor.tensor.checks import check_logical_dtype
+from shuffled_tensor.tensor.geometry import Window
 from shuffled_tensor.tensor.refused import refuse
 from shuffled_tensor.tensor.storage import PackedStorage, locked
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 aten = torch.ops.aten
 
+implements = ShuffledMXFP4Tensor.operations.implements
+
 same_bytes = partial(implements, group="The same bytes, seen again")
 copies = partial(implements, group="A copy, in the same layout")
 writes = partial(implements, group="New values, written in whatever layout the tensor has")
 reads = partial(implements, group="Read as plain values, dequantised for the call")
 beside = partial(implements, group="Plain tensors beside it, and facts about it")
-
-_AXES = ("experts", "rows", "columns")
-
 
 # --- the same bytes, seen again
 
@@ -38,7 +38,7 @@ _AXES = ("experts", "rows", "columns")
 def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     """Another tensor over the same bytes."""
     out = self._view()
-    out.__dict__.update(self.__dict__.get("_carried", {}))
+    out.__dict__.update(self._carried)
     return out
 
 
@@ -153,7 +153,7 @@ def to_copy(
     out = _map_bytes(self, lambda data: data.to(device or data.device, non_blocking=non_blocking, copy=True), dtype)
     # Module.to swaps in nn.Parameter(copy). A plain Parameter would have kept its weight_loader, so the detach inside
     # nn.Parameter hands it on.
-    out._carried = {name: value for name, value in self.user_attributes().items() if name != "_is_param"}
+    out._carried = {name: value for name, value in self.__dict__.items() if name != "_is_param"}
     return out
 
 
@@ -198,7 +198,7 @@ def zeros_like(
     """Zeros in the same layout: what is not written yet (after ``Module.to_empty``) is defined all the same."""
     check_logical_dtype(dtype or self.dtype)
     out = _map_bytes(self, lambda data: torch.zeros_like(data, device=device), dtype)
-    out._storage.scale.fill_(127)
+    out._storage.scale.fill_(SCALES.pad)
     return out
 
 
@@ -295,11 +295,13 @@ def fill_(self: ShuffledMXFP4Tensor, value: float | Tensor) -> ShuffledMXFP4Tens
 def zero_(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     """Zero codes and scales of 1, in any layout."""
     _, rows, columns = self._window.shape
-    codes = torch.zeros(1, rows, columns // 2, dtype=torch.uint8, device=self.device)
-    ones = torch.full((1, rows, columns // mxfp4.BLOCK), 127, dtype=torch.uint8, device=self.device)
+    zeros = [
+        torch.full((1, rows, columns // part.per_byte), part.pad, dtype=torch.uint8, device=self.device)
+        for part in PARTS
+    ]
     with self.writing():
         for expert in self._window.experts:
-            self._storage.write(self._window._replace(experts=range(expert, expert + 1)), codes, ones)
+            self._storage.write(self._window._replace(experts=range(expert, expert + 1)), *zeros)
     return self
 
 
@@ -397,9 +399,9 @@ def _materialized(self: ShuffledMXFP4Tensor) -> PackedStorage:
     """A view of rows or columns as a storage of its own, in the same kind. Only whole experts keep gate and up
     apart."""
     storage = self._storage
-    qdata, scale = (part.contiguous() for part in storage.read(self._window))
-    own = PackedStorage.pack(qdata, scale, gate_up=self.gate_up, interleaved=False, target=storage.target)
-    own.relayout_(storage.kind)
+    parts = (data.contiguous() for data in storage.read(self._window))
+    own = PackedStorage.pack(*parts, gate_up=self.gate_up, requested_layout=storage.requested_layout)
+    own.convert_layout_(storage.layout)
     return own
 
 
@@ -408,7 +410,7 @@ def _map_bytes(
 ) -> ShuffledMXFP4Tensor:
     """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must not mix."""
     storage = _materialized(self) if self.is_part_of_experts else self._storage
-    experts = range(storage.qdata.shape[0]) if self.is_part_of_experts else self._window.experts
+    experts = storage.experts if self.is_part_of_experts else self._window.experts
     with storage.held():
         qdata, scale = (function(data) for data in storage.select(experts))
         return self._like(storage.with_bytes(qdata, scale), dtype)
@@ -418,7 +420,7 @@ def _same_bytes(self: ShuffledMXFP4Tensor, other: ShuffledMXFP4Tensor) -> bool:
     """Whether equal values are equal bytes."""
     own, others = self._storage, other._storage
     whole = not (self.is_part_of_experts or other.is_part_of_experts)
-    return whole and (own.kind, own.geometry) == (others.kind, others.geometry)
+    return whole and (own.layout, own.geometry) == (others.layout, others.geometry)
 
 
 def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
@@ -447,8 +449,8 @@ def _joined(first: ShuffledMXFP4Tensor, tensors: list[Any]) -> ShuffledMXFP4Tens
             tensor._storage.check_readable()
             alike = tensor if _same_bytes(first, tensor) else tensor.clone()
             if alike is not tensor:
-                alike._storage.target = None
-                alike._storage.relayout_(first._storage.kind)
+                alike._storage.requested_layout = None
+                alike._storage.convert_layout_(first._storage.layout)
             parts.append(_bytes_of(alike))
         qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
     storage = _materialized(first) if first.is_part_of_experts else first._storage
@@ -466,7 +468,7 @@ def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> T
 
 
 def _axis(self: ShuffledMXFP4Tensor, dim: int) -> str:
-    return _AXES[-self.dim() :][dim]
+    return Window._fields[-self.dim() :][dim]
 
 
 def _check_experts(self: ShuffledMXFP4Tensor, dim: int, name: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The operations that a :class:`ShuffledMXFP4Tensor` refuses, and what to do instead: more rows of
-:data:`shuffled_tensor.tensor.base.OPERATIONS`.
+``ShuffledMXFP4Tensor.operations``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from shuffled_tensor.tensor.base import implements
+from shuffled_tensor.tensor.base import Operator
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["REFUSED", "refuse"]
 
 aten = torch.ops.aten
 
-REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload | str, ...], str]] = {
+REFUSED: dict[str, tuple[tuple[Operator, ...], str]] = {
     "changes size or memory under the layout": (
         (
             aten.set_.source_Tensor,
@@ -119,7 +120,7 @@ REFUSED: dict[str, tuple[tuple[torch._ops.OpOverload | str, ...], str]] = {
 }
 
 
-def refuse(why: str, remedy: str, operator: torch._ops.OpOverload | str, *args: Any, **kwargs: Any) -> NoReturn:
+def refuse(why: str, remedy: str, operator: Operator, *args: Any, **kwargs: Any) -> NoReturn:
     """Raise NotImplementedError: what the operator would do, and what to do instead."""
     raise NotImplementedError(
         f"{operator} {why} of a ShuffledMXFP4Tensor, whose bytes are packed MXFP4: {remedy}; .dequantize() is plain"
@@ -128,4 +129,4 @@ def refuse(why: str, remedy: str, operator: torch._ops.OpOverload | str, *args: 
 
 for _why, (_operators, _remedy) in REFUSED.items():
     for _key in _operators:
-        implements(_key, group="Refused")(partial(refuse, _why, _remedy, _key))
+        ShuffledMXFP4Tensor.operations.implements(_key, group="Refused")(partial(refuse, _why, _remedy, _key))

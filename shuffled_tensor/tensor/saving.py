@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import find_layout
 from shuffled_tensor.tensor.geometry import Geometry, Window
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -47,13 +47,12 @@ def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> Pack
         ValueError: the file is of a later version.
     """
     _check_keys(state, "gate_up", "shuffle_kind")
-    kind = state["shuffle_kind"]
+    name = state["shuffle_kind"]
     return PackedStorage.pack(
         qdata,
         scale,
         gate_up=state["gate_up"],
-        interleaved=False,
-        target=None if kind is None else ShuffleKind(kind),
+        requested_layout=None if name is None else find_layout(name),
     )
 
 
@@ -88,9 +87,12 @@ def _check_keys(state: dict[str, Any], *known: str) -> None:
 def _reduce_storage(storage: PackedStorage) -> tuple[Any, ...]:
     # What is written is canonical and without padding, whatever the layout in memory: a file does not depend on a GPU
     # or on what computes there.
-    qdata, scale = storage.canonical(range(len(storage.qdata)))
-    target = None if storage.target is None else storage.target.value
-    return rebuild_storage, (qdata, scale, {"gate_up": storage.geometry.gate_up, "shuffle_kind": target})
+    qdata, scale = storage.canonical(storage.experts)
+    return rebuild_storage, (qdata, scale, {"gate_up": storage.geometry.gate_up, "shuffle_kind": _requested(storage)})
+
+
+def _requested(storage: PackedStorage) -> str | None:
+    return None if storage.requested_layout is None else storage.requested_layout.name
 
 
 def _reduce_weight(weight: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
@@ -101,7 +103,7 @@ def _reduce_weight(weight: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
     window = {
         axis: (part.start, part.stop, part.step) for axis, part in zip(Window._fields, weight._window, strict=True)
     }
-    state = {**window, "dim": weight.dim(), "dtype": weight.dtype, "attributes": weight.user_attributes()}
+    state = {**window, "dim": weight.dim(), "dtype": weight.dtype, "attributes": weight.__dict__}
     return rebuild_weight, (weight._storage, state)
 
 
@@ -116,15 +118,15 @@ def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:
     """
     with storage.held():
         storage.sent = True
-        target = None if storage.target is None else storage.target.value
-        return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), storage.kind.value, target)
+        layouts = storage.layout.name, _requested(storage)
+        return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), *layouts)
 
 
 def _receive_storage(
-    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], kind: str, target: str | None
+    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], layout: str, requested: str | None
 ) -> PackedStorage:
     storage = PackedStorage(
-        qdata, scale, Geometry(*geometry), ShuffleKind(kind), None if target is None else ShuffleKind(target)
+        qdata, scale, Geometry(*geometry), find_layout(layout), None if requested is None else find_layout(requested)
     )
     storage.sent = True
     return storage

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -15,52 +15,39 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import (
-    LAYOUTS,
-    ShuffleKind,
-    expert_chunks,
-    round_up,
-    rows_as_they_lie,
-    shuffle_scale,
-    shuffle_weight,
-    unshuffle_scale,
-    unshuffle_weight,
-)
-from shuffled_tensor.tensor.geometry import PAD, PER_BYTE, Geometry, Window, slice_of
+from shuffled_tensor.layouts import ROW_MAJOR, Layout, Order, expert_chunks, round_up
+from shuffled_tensor.mxfp4 import PARTS, Part
+from shuffled_tensor.tensor.geometry import Geometry, Window, slice_of
+from shuffled_tensor.tensor.validity import State, Validity
 
-__all__ = ["PackedStorage"]
-
-_TILE_ROWS = 32
-
-_REFIT_OPEN = "it is being written in a refit"
+__all__ = ["PackedStorage", "checksum", "is_real", "locked"]
 
 
 class PackedStorage:
-    """Padded codes and scales of E experts, and the kind their bytes are in.
+    """Padded codes and scales of E experts, and the layout their bytes are in.
 
     Attributes:
         qdata: uint8 ``[E, padded_rows, padded_columns / 2]``.
         scale: uint8 ``[E, padded_rows, padded_columns / 32]``.
         geometry: logical and padded sizes.
-        kind: the layout that the bytes are in now.
-        target: the kind that the caller fixed, or None where the backend decides at first use.
-        pinned: the kind in which somebody outside holds the bytes, so that it must stay; or None.
+        layout: the one that the bytes are in now.
+        requested_layout: the one that the caller fixed, or None where a backend decides at first use.
+        locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None.
         sent: whether the memory was sent to another process.
-        trouble: why the bytes must not be read as a weight now, or None.
+        validity: whether the bytes are a weight now.
     """
 
     __slots__ = (
         "__weakref__",
         "_lock",
         "geometry",
-        "kind",
-        "pinned",
+        "layout",
+        "locked_layout",
         "qdata",
-        "refit_kind",
+        "requested_layout",
         "scale",
         "sent",
-        "target",
-        "trouble",
+        "validity",
     )
 
     def __init__(
@@ -68,110 +55,124 @@ class PackedStorage:
         qdata: Tensor,
         scale: Tensor,
         geometry: Geometry,
-        kind: ShuffleKind = ShuffleKind.NONE,
-        target: ShuffleKind | None = None,
+        layout: Layout = ROW_MAJOR,
+        requested_layout: Layout | None = None,
     ) -> None:
         self.qdata = qdata
         self.scale = scale
         self.geometry = geometry
-        self.kind = kind
-        self.target = target
-        self.pinned: ShuffleKind | None = None
+        self.layout = layout
+        self.requested_layout = requested_layout
+        self.locked_layout: Layout | None = None
         self.sent = False
-        self.trouble: str | None = None
-        self.refit_kind: ShuffleKind | None = None  # while a refit is open or was abandoned: what to return to
-        self._lock = threading.RLock()  # held wherever bytes and kind must agree
+        self.validity = Validity()
+        self._lock = threading.RLock()  # held wherever bytes and layout must agree
 
     @classmethod
     def pack(
-        cls, qdata: Tensor, scale: Tensor, *, gate_up: bool, interleaved: bool, target: ShuffleKind | None
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        *,
+        gate_up: bool,
+        interleaved: bool = False,
+        requested_layout: Layout | None = None,
     ) -> PackedStorage:
         """From logical row-major uint8 ``[E, N, K/2]`` and ``[E, N, K/32]``. Takes the tensors over where nothing needs
         padding or reordering."""
-        geometry = Geometry(qdata.shape[1], qdata.shape[2] * 2, gate_up)
+        geometry = Geometry(qdata.shape[1], qdata.shape[2] * mxfp4.CODES.per_byte, gate_up)
+        parts = zip(PARTS, (qdata, scale), strict=True)
         if interleaved or geometry.padded:
-            return cls(
-                geometry.pad(qdata, 0, interleaved=interleaved),
-                geometry.pad(scale, PAD["scale"], interleaved=interleaved),
-                geometry,
-                target=target,
-            )
+            qdata, scale = (geometry.pad(part, data, interleaved=interleaved) for part, data in parts)
+            return cls(qdata, scale, geometry, requested_layout=requested_layout)
         # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often neither
         qdata, scale = (
             data.contiguous() if data.storage_offset() % 16 == 0 else data.clone(memory_format=torch.contiguous_format)
-            for data in (qdata, scale)
+            for _, data in parts
         )
-        return cls(qdata, scale, geometry, target=target)
+        return cls(qdata, scale, geometry, requested_layout=requested_layout)
 
     @classmethod
-    def empty(cls, experts: int, geometry: Geometry, device: torch.device, kind: ShuffleKind) -> PackedStorage:
+    def empty(cls, experts: int, geometry: Geometry, device: torch.device, layout: Layout) -> PackedStorage:
         """Bytes that are to be written whole; none has a value yet but the pads of row-major ones."""
-        shape = experts, geometry.padded_rows
         qdata, scale = (
-            torch.empty(*shape, geometry.padded_columns // per_byte, dtype=torch.uint8, device=device)
-            for per_byte in PER_BYTE.values()
+            torch.empty(experts, *geometry.padded_shape(part), dtype=torch.uint8, device=device) for part in PARTS
         )
-        storage = cls(qdata, scale, geometry, kind)
-        if kind is ShuffleKind.NONE:  # in any other layout they are written with the rest
+        storage = cls(qdata, scale, geometry, layout)
+        if layout is ROW_MAJOR:  # in any other layout they are written with the rest
             storage._rewrite_pads()
         return storage
 
     def with_bytes(self, qdata: Tensor, scale: Tensor) -> PackedStorage:
         """Other bytes in the same layout: a copy, another device, some of the experts."""
-        return PackedStorage(qdata, scale, self.geometry, self.kind, self.target)
+        return PackedStorage(qdata, scale, self.geometry, self.layout, self.requested_layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedStorage:
         with self.held():
             copied = memo[id(self)] = self.with_bytes(self.qdata.clone(), self.scale.clone())
         return copied
 
-    def relayout_(self, kind: ShuffleKind) -> None:
-        """Bring the bytes into ``kind``, in place, once, whatever number of threads ask.
+    @property
+    def experts(self) -> range:
+        """All of them."""
+        return range(self.qdata.shape[0])
+
+    def bytes_of(self, part: Part) -> Tensor:
+        """All codes, or all scales, as they lie."""
+        data: Tensor = getattr(self, part.name)
+        return data
+
+    def order(self, part: Part) -> Order:
+        """How codes, or scales, lie now."""
+        return self.layout.order(part, self.geometry.gate_up)
+
+    def convert_layout_(self, layout: Layout) -> None:
+        """Bring the bytes into a layout, in place, once, whatever number of threads ask.
 
         Raises:
-            RuntimeError: the layout is pinned, or a CUDA graph is being captured, which would replay the change.
+            RuntimeError: the layout is locked, or a CUDA graph is being captured, which would replay the change.
         """
         with self._lock:
             self.check_readable()
-            if kind is self.kind:
+            if layout is self.layout:
                 return
-            if self.pinned not in (None, kind):
+            if self.locked_layout not in (None, layout):
                 raise RuntimeError(
-                    f"the bytes were handed out by as_kernel_operands() laid out as {self.pinned.value!r}, so "
-                    "they cannot "
-                    f"be brought into {kind.value!r} under their holder; clone() the tensor"
+                    f"the bytes were handed out by as_kernel_operands() laid out as {self.layout.name!r}, so they "
+                    f"cannot be brought into {layout.name!r} under their holder; clone() the tensor"
                 )
-            gate_up = self.geometry.gate_up
-            if LAYOUTS.get((self.kind, gate_up)) is LAYOUTS.get((kind, gate_up)):
-                self.kind = kind
+            if self.layout.same_bytes(layout, self.geometry.gate_up):
+                self.layout = layout
             else:
-                self._permute_(kind)
+                self._permute_(layout)
 
-    def _permute_(self, kind: ShuffleKind) -> None:
+    def _permute_(self, layout: Layout) -> None:
         on_gpu = is_real(self.qdata) and self.qdata.device.type == "cuda"
+        move = f"{self.layout.name!r} to {layout.name!r}"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"a weight would be laid out anew ({self.kind.value!r} to {kind.value!r}) while a CUDA graph is being "
-                "captured, and again at every replay; call shuffled_tensor.prepare(module) before the capture"
+                f"a weight would be laid out anew ({move}) while a CUDA graph is being captured, and again at every "
+                "replay; call shuffled_tensor.prepare(module) before the capture"
             )
-        gate_up = self.geometry.gate_up
-        self.trouble = f"changing its layout from {self.kind.value!r} to {kind.value!r} was interrupted"
         # A weight made inside a traced function is laid out anew in its graph, which the tracer must see.
         outside_modes = _disable_current_modes() if is_real(self.qdata) else nullcontext()
-        with outside_modes, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+        with (
+            self.validity.changing(f"changing its layout from {move}"),
+            outside_modes,
+            torch.no_grad(),
+            torch.inference_mode(self.qdata.is_inference()),
+        ):
             if on_gpu:  # kernels of other streams may still be reading the bytes
                 torch.cuda.synchronize(self.qdata.device)
             # what another process may be reading is left as it is, and replaced
-            replace = self.is_shared()
-            qdata, scale = (torch.empty_like(data) if replace else data for data in (self.qdata, self.scale))
-            unshuffle_weight(self.qdata, self.kind, gate_up=gate_up, out=qdata)
-            unshuffle_scale(self.scale, self.kind, gate_up=gate_up, out=scale)
-            self.qdata = shuffle_weight(qdata, kind, gate_up=gate_up, out=qdata)
-            self.scale = shuffle_scale(scale, kind, gate_up=gate_up, out=scale)
+            new = [torch.empty_like(data) if self.is_shared() else data for data in (self.qdata, self.scale)]
+            for part, data in zip(PARTS, new, strict=True):
+                self.order(part).unshuffle(self.bytes_of(part), out=data)
+                layout.order(part, self.geometry.gate_up).shuffle(data, out=data)
+            self.qdata, self.scale = new
             if on_gpu:  # and others will read them as soon as this returns
                 torch.cuda.synchronize(self.qdata.device)
-        self.kind, self.sent = kind, False
-        self.trouble = None
+            self.layout, self.sent = layout, False
 
     def is_shared(self) -> bool:
         """Whether another process may hold this memory, so that a change of layout must replace it."""
@@ -179,11 +180,11 @@ class PackedStorage:
 
     def check_refit(self) -> None:
         """Raise RuntimeError where :meth:`open_refit` could not open one."""
-        if self.trouble == _REFIT_OPEN:
+        if self.validity.state is State.REFIT:
             raise RuntimeError("a refit of this weight is open already")
-        if self.refit_kind is None:
+        if self.validity.layout_after_refit is None:
             self.check_readable()
-            if self.is_shared() and self.kind is not ShuffleKind.NONE:
+            if self.is_shared() and self.layout is not ROW_MAJOR:
                 raise RuntimeError(
                     "another process may hold these bytes as they lie, so they cannot be refitted in place; write "
                     "them with copy_ or load_state_dict"
@@ -193,30 +194,24 @@ class PackedStorage:
         """Make the bytes row-major, where they are, for others to write; until the refit ends they are no weight."""
         with self._lock:
             self.check_refit()
-            if self.refit_kind is None:
-                before = self.kind
-                if before is not ShuffleKind.NONE:
-                    self._permute_(ShuffleKind.NONE)
-                self.refit_kind = before
-            self.trouble = _REFIT_OPEN
+            before = self.layout
+            if before is not ROW_MAJOR:
+                self._permute_(ROW_MAJOR)
+            self.validity.open_refit(before)
 
     def close_refit(self) -> None:
         """Take the row-major bytes for the new values, with their pads, and lay them out as they were before."""
         with self._lock:
             self._recover()
 
-    def abandon_refit(self, error: BaseException) -> None:
-        """Leave the bytes row-major and unusable: some may be new and some old."""
-        self.trouble = f"a refit ended early ({type(error).__name__}), and its bytes may be partly old and partly new"
-
-    def assume(self, kind: ShuffleKind) -> None:
-        """Believe the caller that the bytes are a weight laid out as ``kind``."""
+    def assume(self, layout: Layout) -> None:
+        """Believe the caller that the bytes are a weight in this layout."""
         with self._lock:
-            if self.trouble == _REFIT_OPEN:
+            if self.validity.state is State.REFIT:
                 raise RuntimeError("a refit is open, and says what the bytes are when it ends")
-            self.kind = kind
-            if kind is not ShuffleKind.NONE:
-                self.refit_kind = None
+            self.layout = layout
+            if layout is not ROW_MAJOR:
+                self.validity.layout_after_refit = None
             self._recover()
 
     @contextmanager
@@ -232,44 +227,31 @@ class PackedStorage:
         over. An exception inside leaves them unusable."""
         # bytes made in inference mode are written in it, wherever the writer is
         with self._lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
-            before, self.trouble = self.trouble, self.trouble or "writing to it was interrupted"
-            yield
-            self.trouble = before
-            if whole and before not in (None, _REFIT_OPEN):
+            with self.validity.changing("writing to it"):
+                yield
+            if whole and self.validity.state is State.INVALID:
                 self._recover()
 
     def _recover(self) -> None:
-        """The bytes are a weight in `kind` again; bring them into the kind that they should have."""
-        if self.kind is ShuffleKind.NONE:
+        """The bytes are a weight in `layout` again; bring them into the one that they should have."""
+        if self.layout is ROW_MAJOR:
             self._rewrite_pads()
-        self.trouble = None
-        kind = self.refit_kind or self.pinned
-        if kind is not None:
-            self.relayout_(kind)
-        self.refit_kind = None
+        layout = self.validity.recover() or self.locked_layout
+        if layout is not None:
+            self.convert_layout_(layout)
 
     def check_readable(self) -> None:
         """Raise RuntimeError where the bytes are not a weight: while a refit writes them, and after one failed."""
-        if self.trouble is not None:
+        if self.validity.state is not State.VALID:
             with self._lock:  # another thread may just be changing the layout
-                trouble = self.trouble
-            if trouble is not None:
-                raise RuntimeError(
-                    f"this weight cannot be used: {trouble}; "
-                    + (
-                        "wait until that ends"
-                        if trouble == _REFIT_OPEN
-                        else "write it whole, with load_state_dict, copy_ or another refit, or say what its bytes are "
-                        "with mark_canonical_() or mark_shuffled_(kind)"
-                    )
-                )
+                self.validity.check()
 
-    def check_usable_as(self, kind: ShuffleKind) -> None:
-        """Raise ValueError where a reader of ``kind`` meets a weight that was made for another one."""
-        if self.target not in (None, kind):
+    def check_usable_as(self, layout: Layout) -> None:
+        """Raise ValueError where a reader of ``layout`` meets a weight that was made for another one."""
+        if self.requested_layout not in (None, layout):
             raise ValueError(
-                f"the weight was made for shuffle_kind={self.target.value!r}, but what is installed here reads "
-                f"{kind.value!r}; make it without a shuffle_kind, call shuffle_({kind.value!r}), or ask for "
+                f"the weight was made for shuffle_kind={self.requested_layout.name!r}, but what is installed here "
+                f"reads {layout.name!r}; make it without a shuffle_kind, call shuffle_({layout.name!r}), or ask for "
                 "backend='reference'"
             )
 
@@ -277,8 +259,7 @@ class PackedStorage:
         """Codes and scales of some experts, as they lie: views."""
         if len(experts) == self.qdata.shape[0]:
             return self.qdata, self.scale
-        window = slice(experts.start, experts.stop, experts.step)
-        return self.qdata[window], self.scale[window]
+        return self.qdata[slice_of(experts)], self.scale[slice_of(experts)]
 
     def canonical(self, experts: range) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, N, K/2]`` and scales ``[len, N, K/32]`` of some experts, in memory of their
@@ -289,29 +270,27 @@ class PackedStorage:
     def halves(self, experts: range, rows: range) -> tuple[Tensor, Tensor]:
         """The same rows of each half of some experts: row-major logical codes ``[len, halves, rows, K/2]`` and scales,
         in memory of their own. Only the tiles that hold them are unshuffled."""
-        gate_up, halves = self.geometry.gate_up, self.geometry.halves
-        tiles = range(rows.start // _TILE_ROWS * _TILE_ROWS, round_up(rows.stop, _TILE_ROWS))
-        with self.held():
-            qdata, scale = (
-                rows_as_they_lie(data, self.kind, gate_up=gate_up, rows=tiles).contiguous()
-                for data in self.select(experts)
-            )
-            qdata = unshuffle_weight(qdata, self.kind, gate_up=gate_up)
-            scale = unshuffle_scale(scale, self.kind, gate_up=gate_up)
+        halves, tile = self.geometry.halves, self.layout.row_tile(self.geometry.gate_up)
+        tiles = range(rows.start // tile * tile, round_up(rows.stop, tile))
         own = slice(rows.start - tiles.start, rows.stop - tiles.start)
-        qdata, scale = (
-            data.unflatten(1, (halves, len(tiles)))[:, :, own, : self.geometry.columns // per_byte]
-            for data, per_byte in zip((qdata, scale), PER_BYTE.values(), strict=True)
-        )
+        with self.held():
+            orders = [self.order(part) for part in PARTS]
+            picked = [
+                order.tiles(data, halves, tiles) for order, data in zip(orders, self.select(experts), strict=True)
+            ]
+            qdata, scale = (
+                order.unshuffle(data).unflatten(1, (halves, -1))[:, :, own, : self.geometry.columns // part.per_byte]
+                for part, order, data in zip(PARTS, orders, picked, strict=True)
+            )
         return qdata, scale
 
     def whole_rows(self, window: Window) -> bool:
         """Whether a window takes experts alone apart, not their rows and columns."""
         return window.shape[1:] == (self.geometry.rows, self.geometry.columns)
 
-    def whole(self, experts: range) -> Window:
-        """The window of all rows and columns of some experts."""
-        return Window(experts, range(self.geometry.rows), range(self.geometry.columns))
+    def whole(self) -> Window:
+        """The window of everything."""
+        return Window(self.experts, range(self.geometry.rows), range(self.geometry.columns))
 
     def read(self, window: Window) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, rows, columns / 2]`` and scales ``[len, rows, columns / 32]`` of a window."""
@@ -319,55 +298,39 @@ class PackedStorage:
         half = min(window.rows.start // each, self.geometry.halves - 1)
         first, last = window.rows.start - half * each, window.rows.stop - half * each
         if last <= each:
-            parts = (data[:, half] for data in self.halves(window.experts, range(first, last)))
+            parts = [data[:, half] for data in self.halves(window.experts, range(first, last))]
         else:
-            parts = (data[:, slice_of(window.rows)] for data in self.canonical(window.experts))
-        qdata, scale = (
-            data[..., slice_of(window.columns, per_byte)]
-            for data, per_byte in zip(parts, PER_BYTE.values(), strict=True)
-        )
+            parts = [data[:, slice_of(window.rows)] for data in self.canonical(window.experts)]
+        qdata, scale = (data[..., slice_of(window.columns, part)] for part, data in zip(PARTS, parts, strict=True))
         return qdata, scale
 
     def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None) -> None:
         """Write logical row-major codes, scales or both over a window, in whatever layout it lies, with its pads."""
         with self.writing():
-            self._write_part(window, self.qdata, qdata, 0, PER_BYTE["qdata"], shuffle_weight, unshuffle_weight)
-            self._write_part(window, self.scale, scale, PAD["scale"], PER_BYTE["scale"], shuffle_scale, unshuffle_scale)
+            for part, values in zip(PARTS, (qdata, scale), strict=True):
+                if values is not None:
+                    self._write_part(part, window, values.to(self.qdata.device))
 
-    def _write_part(
-        self,
-        window: Window,
-        own: Tensor,
-        values: Tensor | None,
-        fill: int,
-        per_byte: int,
-        shuffle: Callable[..., Tensor],
-        unshuffle: Callable[..., Tensor],
-    ) -> None:
-        if values is None:
-            return
-        values = values.to(own.device)
-        columns = slice_of(window.columns, per_byte)
-        layout: dict[str, Any] = {"kind": self.kind, "gate_up": self.geometry.gate_up}
+    def _write_part(self, part: Part, window: Window, values: Tensor) -> None:
+        geometry, order, own = self.geometry, self.order(part), self.bytes_of(part)
         for place, experts in self.chunks(window.experts):
             target = own[slice_of(experts)]
-            if self.kind is ShuffleKind.NONE and not (self.whole_rows(window) and self.geometry.padded):
-                self.geometry.put(target, values[place], window.rows, columns)
+            if self.layout is ROW_MAJOR:
+                geometry.put(part, target, values[place], window.rows, window.columns)
+                if self.whole_rows(window):
+                    geometry.rewrite_pads(part, target)
             elif self.whole_rows(window):
-                target.copy_(shuffle(self.geometry.pad(values[place], fill), **layout))
+                target.copy_(order.shuffle(geometry.pad(part, values[place])))
             else:  # what is not written stays
-                around = unshuffle(target.contiguous(), **layout)
-                self.geometry.put(around, values[place], window.rows, columns)
-                target.copy_(shuffle(around, **layout))
+                around = order.unshuffle(target.contiguous())
+                geometry.put(part, around, values[place], window.rows, window.columns)
+                target.copy_(order.shuffle(around))
 
     def _rewrite_pads(self) -> None:
-        """Give the pads of canonical bytes, which somebody else wrote, the values they are defined to have."""
+        """Of row-major bytes, which somebody else wrote."""
         with torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
-            for data, fill in ((self.qdata, 0), (self.scale, PAD["scale"])):
-                rows, logical_bytes = self.geometry.halves_of(data).shape[2:]
-                halves = data.unflatten(1, (self.geometry.halves, -1))
-                halves[:, :, rows:] = fill
-                halves[..., logical_bytes:] = fill
+            for part in PARTS:
+                self.geometry.rewrite_pads(part, self.bytes_of(part))
 
     def chunks(self, experts: range) -> Iterator[tuple[slice, range]]:
         """Parts of a window small enough that a float32 copy of one is bounded scratch: the part's place in the window,

@@ -6,35 +6,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.backends import aiter
-from shuffled_tensor.layouts import ShuffleKind, expert_chunks
-from shuffled_tensor.tensor.base import Wrapper
+from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES
+from shuffled_tensor.tensor import policy
+from shuffled_tensor.tensor.base import Operations
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.tensor.geometry import PER_BYTE, slice_of
-from shuffled_tensor.tensor.part_view import PackedView
+from shuffled_tensor.tensor.geometry import slice_of
+from shuffled_tensor.tensor.part_view import PartView
+from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.wrapper import Wrapper
 
-__all__ = ["KernelOperands", "ShuffledMXFP4Tensor"]
-
-
-class KernelOperands(NamedTuple):
-    """What :meth:`ShuffledMXFP4Tensor.as_kernel_operands` returns.
-
-    Attributes:
-        weight: float4_e2m1fn_x2 ``[E, padded N, padded K/2]`` with the tags that the installed aiter reads.
-        scale: uint8 ``[E, padded N, padded K/32]``.
-        gate_mode: the ``gate_mode`` that a call of aiter with this weight must be given.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    gate_mode: str
+__all__ = ["ShuffledMXFP4Tensor"]
 
 
 class ShuffledMXFP4Tensor(Wrapper):
@@ -54,7 +43,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         row_order: how ``gate_up`` rows come: ``"contiguous"`` (all gate rows, then all up rows) or ``"interleaved"``
             (g0, u0, g1, u1, ..., as in gpt-oss checkpoints). Required with ``gate_up``, because a wrong guess is
             silent. Held as contiguous: the logical value has gate rows first.
-        shuffle_kind: fixes the kind to be shuffled into; None leaves that to the backend that first uses the tensor.
+        shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the tensor.
         dtype: the logical dtype: bfloat16, float16, float32 or float64.
 
     The constructor takes ownership of its tensors: a later shuffle rewrites their bytes. Where sizes are not multiples
@@ -64,7 +53,7 @@ class ShuffledMXFP4Tensor(Wrapper):
     Raises:
         TypeError: a dtype that is none of the above; float weights go through :meth:`from_hp`.
         ValueError: a wrong rank, shapes that do not fit each other, K not a multiple of 32, tensors on different
-            devices, a missing or unknown ``row_order``, an unknown kind.
+            devices, a missing or unknown ``row_order``, an unknown layout.
     """
 
     def __new__(
@@ -74,22 +63,26 @@ class ShuffledMXFP4Tensor(Wrapper):
         *,
         gate_up: bool,
         row_order: str | None = None,
-        shuffle_kind: ShuffleKind | str | None = None,
+        shuffle_kind: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> ShuffledMXFP4Tensor:
         check_parts(qdata, scale)
         check_row_order(gate_up, row_order, qdata.shape[-2])
         check_logical_dtype(dtype)
-        target = None if shuffle_kind is None else ShuffleKind(shuffle_kind)
+        requested = None if shuffle_kind is None else find_layout(shuffle_kind)
         with torch.no_grad():
             qdata, scale = (data.detach().view(torch.uint8) for data in (qdata, scale))
             rank = qdata.dim()
             if rank == 2:
                 qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
             storage = PackedStorage.pack(
-                qdata, scale, gate_up=gate_up, interleaved=row_order == "interleaved", target=target
+                qdata, scale, gate_up=gate_up, interleaved=row_order == "interleaved", requested_layout=requested
             )
-        return cls._wrap(storage, storage.whole(range(len(qdata))), rank, dtype)
+        return cls._wrap(storage, storage.whole(), rank, dtype)
+
+    __slots__ = ()
+
+    operations = Operations()
 
     @classmethod
     def from_hp(
@@ -98,7 +91,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         *,
         gate_up: bool,
         row_order: str | None = None,
-        shuffle_kind: ShuffleKind | str | None = None,
+        shuffle_kind: str | None = None,
         scale_rule: str = "even",
     ) -> ShuffledMXFP4Tensor:
         """Quantise a high-precision weight ``[E, N, K]`` (or ``[N, K]``), whose dtype becomes the logical dtype.
@@ -115,12 +108,14 @@ class ShuffledMXFP4Tensor(Wrapper):
         mxfp4.check_quantizable(weight, scale_rule)
         with torch.no_grad():
             qdata, scale = (
-                torch.empty(*weight.shape[:-1], weight.shape[-1] // per_byte, dtype=torch.uint8, device=weight.device)
-                for per_byte in PER_BYTE.values()
+                torch.empty(
+                    *weight.shape[:-1], weight.shape[-1] // part.per_byte, dtype=torch.uint8, device=weight.device
+                )
+                for part in PARTS
             )
             # quantising works on several float32 copies of its input
-            for part in expert_chunks(len(weight), 4 * weight.shape[1:].numel()):
-                qdata[part], scale[part] = mxfp4.quantize(weight[part], scale_rule=scale_rule)
+            for some in expert_chunks(len(weight), 4 * weight.shape[1:].numel()):
+                qdata[some], scale[some] = mxfp4.quantize(weight[some], scale_rule=scale_rule)
         return cls(qdata, scale, gate_up=gate_up, row_order=row_order, shuffle_kind=shuffle_kind, dtype=weight.dtype)
 
     @property
@@ -130,63 +125,62 @@ class ShuffledMXFP4Tensor(Wrapper):
         return geometry.gate_up and len(self._window.rows) == geometry.rows
 
     @property
-    def shuffle_kind(self) -> ShuffleKind | None:
-        """The kind that the bytes are in, or will be shuffled into: None as long as nobody has decided."""
-        return self._storage.kind if self.is_shuffled else self._storage.target
+    def shuffle_kind(self) -> str | None:
+        """The layout that the bytes are in, or will be shuffled into: None as long as nobody has decided."""
+        storage = self._storage
+        layout = storage.layout if self.is_shuffled else storage.requested_layout
+        return None if layout is None else layout.name
 
     @property
     def is_shuffled(self) -> bool:
         """Whether the bytes lie in :attr:`shuffle_kind` now; else they are row-major."""
-        return self._storage.kind is not ShuffleKind.NONE
+        return self._storage.layout is not ROW_MAJOR
 
-    def shuffle_(self, kind: ShuffleKind | str | None = None) -> ShuffledMXFP4Tensor:
-        """Bring the bytes into ``kind`` (default: :attr:`shuffle_kind`), in place and at most once, for every alias of
+    @property
+    def layout_locked(self) -> bool:
+        """Whether somebody holds the bytes as they lie, so that their layout stays: see :meth:`as_kernel_operands`."""
+        return self._storage.locked_layout is not None
+
+    def shuffle_(self, shuffle_kind: str | None = None) -> ShuffledMXFP4Tensor:
+        """Bring the bytes into a layout (default: :attr:`shuffle_kind`), in place and at most once, for every alias of
         them.
 
-        A tensor that was made for a fixed kind is from now on fixed to this one.
+        A tensor that was made for a fixed layout is from now on fixed to this one.
 
         Raises:
-            ValueError: no kind was ever given, or it is unknown.
+            ValueError: no layout was ever given, or it is unknown.
+            RuntimeError: :attr:`layout_locked`, or the bytes are unusable.
         """
-        wanted = self.shuffle_kind if kind is None else ShuffleKind(kind)
-        if wanted is None:
+        name = self.shuffle_kind if shuffle_kind is None else shuffle_kind
+        if name is None:
             raise ValueError(
                 "this tensor was made without a shuffle_kind, so shuffle_() must be told: shuffle_('mxfp4_moe') "
                 "or shuffle_('mxfp4_separated')"
             )
-        self._storage.relayout_(wanted)
-        if self._storage.target is not None:
-            self._storage.target = wanted
+        layout = find_layout(name)
+        self._storage.convert_layout_(layout)
+        if self._storage.requested_layout is not None:
+            self._storage.requested_layout = layout
         return self
 
     def unshuffle_(self) -> ShuffledMXFP4Tensor:
         """Bring the bytes back into row-major order, in place, for every alias of them.
 
-        A fixed kind stays fixed: the next use shuffles again.
+        A fixed layout stays fixed: the next use shuffles again.
         """
-        self._storage.relayout_(ShuffleKind.NONE)
+        self._storage.convert_layout_(ROW_MAJOR)
         return self
 
     def as_kernel_operands(self) -> KernelOperands:
-        """Plain tensors for code that must not see a subclass: laid out and tagged as the installed aiter wants them.
+        """Plain tensors for code that must not see a subclass, laid out and marked as the installed kernels want them.
 
-        They share the storage, so values written through this tensor are theirs too; its layout is pinned from now on.
+        They share the storage, so values written through this tensor are theirs too; its layout is locked from now on.
 
         Raises:
-            RuntimeError: aiter cannot be used on this device.
-            ValueError: the tensor was made for another kind, or is a view of experts that are not contiguous.
+            RuntimeError: there are no kernels for this device.
+            ValueError: the tensor was made for another layout, or is a view of experts that are not contiguous.
         """
-        reason = aiter.unusable(self.device)
-        if reason is not None:
-            raise RuntimeError(f"as_kernel_operands() lays bytes out for aiter: {reason}")
-        if not self.qdata.is_contiguous():
-            raise ValueError("these experts are not contiguous in memory; clone() them first")
-        era = aiter.detect().era
-        self._storage.check_usable_as(era.kind)
-        self._storage.relayout_(era.kind)
-        self._storage.pinned = era.kind
-        weight = aiter.tagged_weight(self.qdata, gate_up=self.gate_up, intermediate=self.shape[-1])
-        return KernelOperands(weight, self.scale, era.gate_mode)
+        return policy.current.kernel_operands(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The logical value as a plain tensor, in the logical dtype unless another is given."""
@@ -199,15 +193,15 @@ class ShuffledMXFP4Tensor(Wrapper):
         return self._storage.checksum(self._window)
 
     @property
-    def qdata_view(self) -> PackedView:
+    def qdata_view(self) -> PartView:
         """The codes as loaders know them, to be written in any layout: uint8 ``[E, N, K/2]``, logical and row-major."""
-        return PackedView.make(self._storage, self._window, self.dim(), "qdata")
+        return PartView.make(self._storage, self._window, self.dim(), CODES)
 
     @property
-    def scale_view(self) -> PackedView:
+    def scale_view(self) -> PartView:
         """The scales as loaders know them, to be written in any layout: uint8 ``[E, N, K/32]``, logical and
         row-major."""
-        return PackedView.make(self._storage, self._window, self.dim(), "scale")
+        return PartView.make(self._storage, self._window, self.dim(), SCALES)
 
     def refit_from_hp_(self, weight: Tensor, *, scale_rule: str = "even") -> ShuffledMXFP4Tensor:
         """Quantise high-precision values of this shape over the present ones, in place and in the present layout.
@@ -238,19 +232,19 @@ class ShuffledMXFP4Tensor(Wrapper):
     def writing(self) -> AbstractContextManager[None]:
         """Around everything that writes: an exception inside leaves the bytes unusable."""
         storage = self._storage
-        return storage.writing(whole=self._window == storage.whole(range(storage.qdata.shape[0])))
+        return storage.writing(whole=self._window == storage.whole())
 
     def mark_canonical_(self) -> ShuffledMXFP4Tensor:
         """Say that the bytes of the whole storage are row-major now: for a writer that went past this tensor.
 
-        Pads are rewritten; a layout that is pinned is restored at once, any other at the next use.
+        Pads are rewritten; a layout that is locked is restored at once, any other at the next use.
         """
-        self._storage.assume(ShuffleKind.NONE)
+        self._storage.assume(ROW_MAJOR)
         return self
 
-    def mark_shuffled_(self, kind: ShuffleKind | str) -> ShuffledMXFP4Tensor:
-        """Say that the bytes of the whole storage lie as ``kind`` now, pads included: nothing is moved or checked."""
-        self._storage.assume(ShuffleKind(kind))
+    def mark_shuffled_(self, shuffle_kind: str) -> ShuffledMXFP4Tensor:
+        """Say that the bytes of the whole storage lie so now, pads included: nothing is moved or checked."""
+        self._storage.assume(find_layout(shuffle_kind))
         return self
 
     def shard(self, rank: int, world_size: int, *, dim: str = "intermediate") -> ShuffledMXFP4Tensor:
@@ -279,14 +273,13 @@ class ShuffledMXFP4Tensor(Wrapper):
             return self[start:stop].clone()  # type: ignore[return-value]
         if not self.gate_up:
             return self[..., start:stop].clone()  # type: ignore[return-value]
-        qdata, scale = (
-            data.flatten(1, 2)[..., slice_of(self._window.columns, per_byte)].contiguous()
-            for data, per_byte in zip(
-                self._storage.halves(self._window.experts, range(start, stop)), PER_BYTE.values(), strict=True
-            )
+        halves = self._storage.halves(self._window.experts, range(start, stop))
+        parts = (
+            data.flatten(1, 2)[..., slice_of(self._window.columns, part)].contiguous()
+            for part, data in zip(PARTS, halves, strict=True)
         )
-        own = PackedStorage.pack(qdata, scale, gate_up=True, interleaved=False, target=self._storage.target)
-        own.relayout_(self._storage.kind)
+        own = PackedStorage.pack(*parts, gate_up=True, requested_layout=self._storage.requested_layout)
+        own.convert_layout_(self._storage.layout)
         return self._like(own)
 
     def permute_experts_(self, order: Sequence[int] | Tensor) -> ShuffledMXFP4Tensor:
@@ -315,10 +308,9 @@ class ShuffledMXFP4Tensor(Wrapper):
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
-        kind = self.shuffle_kind
         return (
             f"ShuffledMXFP4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, gate_up={self.gate_up}, "
-            f"shuffle_kind={None if kind is None else kind.value!r}, is_shuffled={self.is_shuffled}, "
+            f"shuffle_kind={self.shuffle_kind!r}, is_shuffled={self.is_shuffled}, "
             f"device='{self.device}')"
         )
 
@@ -327,5 +319,5 @@ class ShuffledMXFP4Tensor(Wrapper):
         # as a plain tensor has them.
         if id(self) not in memo:
             memo[id(self)] = self._wrap(copy.deepcopy(self._storage, memo), self._window, self.dim(), self.dtype)
-            memo[id(self)].__dict__.update(copy.deepcopy(self.user_attributes(), memo))
+            memo[id(self)].__dict__.update(copy.deepcopy(self.__dict__, memo))
         return memo[id(self)]  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor, ShuffleKind
+from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor
 
 from .bytes import marked, weight_of
 
@@ -178,7 +178,7 @@ def snapshot(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     found: dict[str, tuple[Tensor, ...]] = {}
     for name, tensor in model.named_parameters():
         if isinstance(tensor, ShuffledMXFP4Tensor):
-            kind = list(ShuffleKind).index(tensor.shuffle_kind or ShuffleKind.NONE)
+            kind = list(LAYOUTS).index(tensor.shuffle_kind or "none")
             found[name] = tensor.qdata.clone(), tensor.scale.clone(), torch.tensor([kind, tensor.data_ptr()])
         else:
             found[name] = tensor.detach().clone(), torch.tensor([tensor.data_ptr()])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
-from shuffled_tensor.tensor import storage
+from shuffled_tensor.layouts import Order
+from shuffled_tensor.mxfp4 import CODES
 
 from .bytes import coded, moderate_scales
 
@@ -56,10 +57,10 @@ class ShuffleCount:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        shuffle = storage.shuffle_weight
+        shuffle = Order.shuffle
 
-        def counting(data: Tensor, kind: Any, **options: Any) -> Tensor:
-            self.count += options.get("out") is not None
-            return shuffle(data, kind, **options)
+        def counting(order: Order, data: Tensor, out: Tensor | None = None) -> Tensor:
+            self.count += order.part is CODES and out is not None
+            return shuffle(order, data, out)
 
-        monkeypatch.setattr(storage, "shuffle_weight", counting)
+        monkeypatch.setattr(Order, "shuffle", counting)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """AMD's aiter: which one is installed, and how it is called."""
 
-from shuffled_tensor.backends.aiter.call import kind, refuse, run, tagged_weight
+from shuffled_tensor.backends.aiter.call import kernel_operands, kind, refuse, run, tagged_weight
 from shuffled_tensor.backends.aiter.versions import (
     ARCH,
     ERAS,
@@ -19,6 +19,7 @@ __all__ = [
     "detect",
     "forget",
     "installed",
+    "kernel_operands",
     "kind",
     "refuse",
     "run",

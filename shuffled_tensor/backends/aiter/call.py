@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shuffled_tensor.backends.aiter.versions import Installed, detect, unusable
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.tensor.policy import KernelOperands
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 
-def kind(device: torch.device) -> ShuffleKind | None:
+def kind(device: torch.device) -> Layout | None:
     """The layout that weights on this device must have for aiter; None where aiter is not what runs them."""
     return None if unusable(device) else detect().era.kind
 
@@ -84,7 +86,7 @@ def _untuned(call: MoECall, installed: Installed) -> str | None:
     if era.tuned(found):
         return None
     return (
-        f"aiter (era {era.name}) has no tuned kernel that reads {era.kind.value!r} for {padded} tokens (padded), "
+        f"aiter (era {era.name}) has no tuned kernel that reads {era.kind.name!r} for {padded} tokens (padded), "
         f"{experts} experts, hidden size {w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk}"
     )
 
@@ -112,8 +114,8 @@ def run(call: MoECall) -> Tensor:
     installed = detect()
     era, probed = installed.era, installed.probed
     for name, found in (("w13", call.w13_kind), ("w2", call.w2_kind)):
-        if found != era.kind.value:
-            raise ValueError(f"aiter (era {era.name}) reads {era.kind.value!r}, but {name} is laid out as {found!r}")
+        if found != era.kind.name:
+            raise ValueError(f"aiter (era {era.name}) reads {era.kind.name!r}, but {name} is laid out as {found!r}")
     w13, w2 = call.w13.geometry, call.w2.geometry
     if not len(call.hidden_states):  # as for a rank without requests; no era says that it takes an empty launch
         return call.hidden_states.new_empty(0, w2.rows)
@@ -136,3 +138,18 @@ def run(call: MoECall) -> Tensor:
         **arguments,
     )
     return out[:, : w2.rows].contiguous()
+
+
+def kernel_operands(weight: ShuffledMXFP4Tensor) -> KernelOperands:
+    """A weight as aiter takes it."""
+    reason = unusable(weight.device)
+    if reason is not None:
+        raise RuntimeError(f"as_kernel_operands() lays bytes out for aiter: {reason}")
+    if not weight.qdata.is_contiguous():
+        raise ValueError("these experts are not contiguous in memory; clone() them first")
+    era, storage = detect().era, weight._storage
+    storage.check_usable_as(era.kind)
+    storage.convert_layout_(era.kind)
+    storage.locked_layout = era.kind
+    tagged = tagged_weight(weight.qdata, gate_up=weight.gate_up, intermediate=weight.shape[-1])
+    return KernelOperands(tagged, weight.scale, era.gate_mode)

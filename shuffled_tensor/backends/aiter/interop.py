@@ -15,7 +15,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from shuffled_tensor.backends import aiter
 from shuffled_tensor.moe.op import fused_moe
-from shuffled_tensor.tensor.base import implements
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["bind"]
@@ -52,7 +51,7 @@ _SAME = {
 }
 
 
-@implements("aiter::fused_moe_")
+@ShuffledMXFP4Tensor.operations.implements("aiter::fused_moe_")
 def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
     """``aiter.fused_moe.fused_moe(x, w1, w2, ...)`` with our weights: scales, gate mode, tags and pads are theirs."""
     operator = torch.ops.aiter.fused_moe_.default
@@ -79,7 +78,7 @@ def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
     if gate_mode not in (defaults["gate_mode"], era.gate_mode):
         raise ValueError(
             f"gate_mode={gate_mode!r} contradicts the weights: this aiter (era {era.name}) reads them as "
-            f"{era.kind.value!r}, which is gate_mode={era.gate_mode!r}; leave it out"
+            f"{era.kind.name!r}, which is gate_mode={era.gate_mode!r}; leave it out"
         )
     if given.pop("is_shuffled", None) is False:
         raise ValueError("is_shuffled=False contradicts the weights, which are shuffled by the time of the call")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from shuffled_tensor.device import arch
-from shuffled_tensor.layouts import ShuffleKind
+from shuffled_tensor.layouts import LAYOUTS, Layout
 
 ARCH = "gfx950"
 
@@ -34,7 +34,7 @@ class Era:
     name: str
     since: str
     probe: Callable[[Probed], bool]
-    kind: ShuffleKind
+    kind: Layout
     gate_mode: str
     scale_rule: str
     """By which its kernels quantise activations."""
@@ -78,46 +78,46 @@ def _parameters(module: ModuleType, name: str) -> frozenset[str]:
 ERAS = (
     Era(
         "D", "#3788 (46ecc4489d)", lambda p: "shuffle_kind" in p.config and p.has("_MXFP4_PORT_KIND"),
-        ShuffleKind.MXFP4_MOE, "separated", "even",
+        LAYOUTS["mxfp4_moe"], "separated", "even",
         # its other tag, mxfp4_guinterleave, falls silently to plain kernels for an untuned shape; this one never does
         w13_tags={"shuffle_kind": "mxfp4_moe"}, inter_real=True,
     ),
     Era(
         "A", "#3470, early (57e74501a5)", lambda p: "shuffle_kind" in p.config,
-        ShuffleKind.MXFP4_MOE, "separated", "even",
+        LAYOUTS["mxfp4_moe"], "separated", "even",
         w13_tags={"shuffle_kind": "mxfp4_moe"},
         config={"shuffle_kind": "mxfp4_moe"}, tuned=lambda found: found.pipeline is not None,
     ),
     Era(
         "B", "39e2ed7e8a", lambda p: "is_guinterleave" in p.config,
-        ShuffleKind.MXFP4_MOE, "separated", "even",
+        LAYOUTS["mxfp4_moe"], "separated", "even",
         w13_tags={"is_guinterleave": True},
         config={"is_guinterleave": True}, tuned=lambda found: found.pipeline is not None,
     ),
     Era(
         "C", "#3470 as merged (d6ede4548e)", lambda p: p.hip and p.has("mxfp4_moe_run"),
-        ShuffleKind.MXFP4_MOE, "interleave", "even",
+        LAYOUTS["mxfp4_moe"], "interleave", "even",
         tuned=lambda found: bool(found.mxfp4_hip),
     ),
     Era(
         "E", "#3827 (05567f6668)", lambda p: p.hip and p.has("_mxfp4_a4w4_stage1_fw"),
-        ShuffleKind.MXFP4_MOE, "interleave", "even",
+        LAYOUTS["mxfp4_moe"], "interleave", "even",
         tuned=lambda found: bool(found.mxfp4_hip),
     ),
     Era(
         "G", "#4542 (55f4bfeb5e)", lambda p: p.has("_mxfp4_a4w4_stage1_fw") and "is_shuffled" in p.call,
-        ShuffleKind.MXFP4_SEPARATED, "separated", "round_up",
+        LAYOUTS["mxfp4_separated"], "separated", "round_up",
         inter_real=True,
     ),
     Era(
         "F", "#3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later", lambda p: p.has("_mxfp4_a4w4_stage1_fw"),
-        ShuffleKind.MXFP4_SEPARATED, "separated", "round_up",
+        LAYOUTS["mxfp4_separated"], "separated", "round_up",
         inter_real=True,
     ),
     Era(
         "before #3832", "v0.1.14 to v0.1.17",
         lambda p: {"is_shuffled", "gate_mode"} <= p.config and "opus_weights_shuffled" not in p.config,
-        ShuffleKind.MXFP4_SEPARATED, "separated", "even",
+        LAYOUTS["mxfp4_separated"], "separated", "even",
     ),
 )  # fmt: skip
 

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""What torch needs of codes and scales that are one tensor of their logical shape: the mechanics under
+:class:`ShuffledMXFP4Tensor`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from shuffled_tensor.layouts import find_layout
+from shuffled_tensor.mxfp4 import CODES, SCALES, Part
+from shuffled_tensor.tensor import policy
+from shuffled_tensor.tensor.base import StorageTensor
+from shuffled_tensor.tensor.geometry import Window
+from shuffled_tensor.tensor.storage import PackedStorage, is_real
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Wrapper"]
+
+
+class Wrapper(StorageTensor):
+    """Codes and scales of a window as a tensor of its logical shape and dtype."""
+
+    __slots__ = ("_carried", "_index", "_views")
+
+    _index: int | slice | None
+    """What takes this tensor's experts out of the storage's; None where it is all of the storage."""
+    _views: dict[Part, tuple[Tensor, Tensor]]
+    """Of some of the experts: the storage's codes and scales, and the part of them that is this tensor's."""
+    _carried: dict[str, Any]
+    """Attributes that users have set on the tensor that this one is a copy of, for the next alias."""
+
+    _remedy = "its bytes are packed codes in an order of their own: call .dequantize() for a plain tensor of its values"
+
+    @classmethod
+    def _wrap(cls, storage: PackedStorage, window: Window, rank: int, dtype: torch.dtype) -> Self:
+        """A tensor over a window of a storage; rank 2 shows a single expert."""
+        self = cls._over(storage, window, window.shape[-rank:], dtype)
+        self._views, self._carried = {}, {}
+        experts = window.experts
+        if rank == 2:
+            self._index = experts[0]
+        elif experts == storage.experts and storage.whole_rows(window):
+            self._index = None
+        else:
+            self._index = slice(experts.start, experts.stop, experts.step)
+        return self
+
+    def _view(self, rank: int | None = None, **window: range) -> Self:
+        """A part of this tensor, over the same bytes."""
+        return self._wrap(self._storage, self._window._replace(**window), rank or self.dim(), self.dtype)
+
+    def _like(self, storage: PackedStorage, dtype: torch.dtype | None = None) -> Self:
+        """All of another storage, as a tensor of this one's rank."""
+        return self._wrap(storage, storage.whole(), self.dim(), dtype or self.dtype)
+
+    @property
+    def is_part_of_experts(self) -> bool:
+        """Whether this is a view of some rows or columns, whose bytes have no place of their own in memory."""
+        return not self._storage.whole_rows(self._window)
+
+    def _own_bytes(self, part: Part) -> Tensor:
+        data = self._storage.bytes_of(part)
+        if self._index is None:
+            return data
+        if self.is_part_of_experts:
+            raise ValueError(
+                "a view of rows or columns has no bytes of its own in memory; clone() it, or write to it with copy_"
+            )
+        if not is_real(data):
+            return data[self._index]
+        # The same object each time, because dynamo tells the tensors in a tensor apart by what they are; and no fake
+        # one, although dynamo asks in its fake mode.
+        base, view = self._views.get(part, (None, data))
+        if base is not data:
+            with _disable_current_modes(), torch.no_grad(), torch.inference_mode(data.is_inference()):
+                view = data[self._index]
+            self._views[part] = data, view
+        return view
+
+    @property
+    def qdata(self) -> Tensor:
+        """The packed codes as they lie in memory, padded: uint8 ``[E, padded N, padded K/2]`` (or without E). Shares
+        the storage."""
+        return self._own_bytes(CODES)
+
+    @property
+    def scale(self) -> Tensor:
+        """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
+        the storage."""
+        return self._own_bytes(SCALES)
+
+    def data_ptr(self) -> int:
+        """The address of the codes: it stays through shuffles and refits."""
+        return self.qdata.data_ptr()
+
+    def share_memory_(self) -> Self:
+        """Move codes and scales to shared memory; a later change of layout replaces them instead of rewriting them."""
+        self._storage.qdata.share_memory_()
+        self._storage.scale.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the codes are in shared memory."""
+        return bool(self._storage.qdata.is_shared())
+
+    @property
+    def data(self) -> Self:
+        """Another tensor over the same bytes; assigning a :class:`ShuffledMXFP4Tensor` takes over its storage."""
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if self._storage.locked_layout is not None:
+            raise RuntimeError(
+                "the bytes were handed out by as_kernel_operands(), whose holder would not see others; write values "
+                "with copy_"
+            )
+        if isinstance(value, type(self)) and (value.shape, value.dtype, value.device) == (
+            self.shape,
+            self.dtype,
+            self.device,
+        ):
+            self._storage, self._window, self._index = value._storage, value._window, value._index
+            self._views = {}
+            return
+        raise TypeError(
+            f".data takes a ShuffledMXFP4Tensor of shape {list(self.shape)}, {self.dtype}, on {self.device}, found "
+            f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}, on {value.device}; write values "
+            "with copy_, packed bytes through .qdata_view and .scale_view"
+        )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Does nothing: packed codes have no gradient, and ``nn.Parameter`` asks for one by default."""
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """False, whatever is assigned to it."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        pass
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
+        storage = self._storage
+        storage.check_readable()
+        layout = policy.current.layout_at_first_use(self.device, storage.requested_layout)
+        if layout is not None and is_real(storage.qdata):
+            storage.convert_layout_(layout)
+        requested = storage.requested_layout
+        # Names, because dynamo's guards compare them.
+        names = storage.layout.name, None if requested is None else requested.name
+        return [CODES.name, SCALES.name], (storage.geometry, *names, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Sequence[int], outer_stride: Sequence[int]
+    ) -> Self:
+        geometry, layout, requested, dtype = context
+        qdata, scale = inner[CODES.name], inner[SCALES.name]
+        rank = qdata.dim()
+        if rank == 2:
+            qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
+        requested_layout = None if requested is None else find_layout(requested)
+        storage = PackedStorage(qdata, scale, geometry, find_layout(layout), requested_layout)
+        return cls._wrap(storage, storage.whole(), rank, dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What distinguishes a compiled artefact in torch's caches: layout and sizes, and who would run it."""
+        _, context = self.__tensor_flatten__()
+        inner = [(tuple(part.shape), part.stride()) for part in (self.qdata, self.scale)]
+        known = (
+            type(self).__qualname__,
+            tuple(self.shape),
+            context,
+            inner,
+            self.device,
+            policy.current.fingerprint(self.device),
+        )
+        return hashlib.sha256(repr(known).encode()).hexdigest()
