@@ -19,7 +19,9 @@ def doctor() -> str:
     for device in devices:
         reason = aiter.unusable(device)
         lines.append(f"{device!s:14}{arch(device)}")
-        lines.append(f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().era.kind.value!r}'}")
+        lines.append(
+            f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().version.kind.value!r}'}"
+        )
         lines.append("  reference   yes, reads any layout")
     lines.append(f"kinds         {', '.join(repr(kind.value) for kind in ShuffleKind)}")
     lines.append(f"to change     {_advice(devices)}")
