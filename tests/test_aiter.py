@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Routing to aiter, in each of its eras, judged by a double that computes from the shuffled bytes by index formulas."""
+"""Routing to aiter, in each version of its API, judged by a fake that computes from the shuffled bytes by index formulas."""
 
 from __future__ import annotations
 
@@ -22,147 +22,55 @@ from shuffled_tensor import (
     fused_moe,
     implements,
     override_arch,
-    shuffle_scale,
-    shuffle_weight,
 )
 from shuffled_tensor.backends import reference
 from shuffled_tensor.backends.aiter import versions as backend
-from shuffled_tensor.testing import ERAS, Double, aiter_double
+from shuffled_tensor.testing import VERSIONS, fake_aiter
 
+from .support.aiter import EXPECTED, OTHER, READS, answer_of
 from .support.bytes import coded, moderate_scales
 from .support.judges import relative_error
 from .support.layer import EXPERTS, HIDDEN, INTERMEDIATE, make_layer, make_weight
 
-KIND = dict.fromkeys("ABCDE", "mxfp4_moe") | dict.fromkeys("FG", "mxfp4_separated")
-OTHER = {"mxfp4_moe": "mxfp4_separated", "mxfp4_separated": "mxfp4_moe"}
-RULE = dict.fromkeys("ABCDE", "even") | dict.fromkeys("FG", "round_up")
 
-
-def expected(double: Double, layer: dict[str, Any]) -> Tensor:
-    """What the double makes of the logical weights."""
-    w13, w2 = (layer[name].dequantize(torch.float32) for name in ("w13", "w2"))
-    return double.answer(layer["hidden_states"], w13, w2, layer["topk_weight"], layer["topk_ids"])
-
-
-@pytest.mark.parametrize("era", ERAS)
-def test_every_era_gets_its_layout(era: str, device: str) -> None:
-    with override_arch("gfx950"), aiter_double(era) as double:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_gets_its_layout(version: str, device: str) -> None:
+    with override_arch("gfx950"), fake_aiter(version) as fake:
         layer = make_layer(device)
-        answer = expected(double, layer)
+        answer = answer_of(fake, layer)
         for _ in range(2):
             out = fused_moe(**layer)
             assert torch.equal(out, answer)
         assert out.dtype is torch.bfloat16
-        assert double.reads == ["separated tiles" if era in "FG" else "gate-up interleaved tiles"] * 2
+        assert fake.reads == [READS[EXPECTED[version].layout]] * 2
         for name in ("w13", "w2"):
-            assert (layer[name].shuffle_kind, layer[name].is_shuffled) == (KIND[era], True)
+            assert (layer[name].shuffle_kind, layer[name].is_shuffled) == (EXPECTED[version].layout, True)
             assert torch.equal(layer[name].dequantize(), make_weight(name, device).dequantize())
-        reference = fused_moe(**layer, backend="reference", activation_dtype="mxfp4", scale_rule=RULE[era])
+        reference = fused_moe(
+            **layer, backend="reference", activation_dtype="mxfp4", scale_rule=EXPECTED[version].scale_rule
+        )
         assert relative_error(out, reference) < 0.01
         # ids and weights of other dtypes are converted, not refused
         wide = {"topk_ids": layer["topk_ids"].long(), "topk_weight": layer["topk_weight"].double()}
         assert torch.equal(fused_moe(**(layer | wide)), answer)
 
 
-# --- the contract itself: each mistake of AITER's mismatch column, made by hand on plain tensors
-
-RIGHT, WRONG = "right", "wrong number"
-# (eras, mistake, whether kernels are tuned for the shape, what happens)
-MISTAKES = [
-    (ERAS, "none", True, RIGHT),
-    ("A", "tag dropped", True, WRONG),
-    ("B", "tag dropped", True, WRONG),
-    ("D", "tag dropped", True, WRONG),
-    ("CEFG", "tag dropped", True, RIGHT),  # tuned kernels read no tag, and only warn
-    ("FG", "tag dropped", False, WRONG),
-    ("AB", "none", False, TypeError),
-    ("CE", "none", False, WRONG),  # the silent fall to plain kernels
-    ("DFG", "none", False, RIGHT),
-    (ERAS, "other kind", True, WRONG),
-    ("CEFG", "other gate mode", True, WRONG),
-    ("AB", "other gate mode", True, TypeError),
-    ("D", "other gate mode", True, RIGHT),
-    ("ABD", "uint8 weights", True, TypeError),
-    ("CEFG", "uint8 weights", True, WRONG),
-    ("D", "the HIP tag, untuned", False, WRONG),
-    (ERAS, "raw bytes", True, WRONG),
-    ("ABFG", "expert mask", True, NotImplementedError),
-    ("CDE", "expert mask", True, WRONG),  # dropped
-]
-
-
-@pytest.mark.parametrize(
-    ("era", "mistake", "tuned", "outcome"),
-    [pytest.param(era, *row, id=f"{era}-{row[0]}-{row[1]}") for eras, *row in MISTAKES for era in eras],
-)
-def test_mistakes_on_plain_tensors(era: str, mistake: str, tuned: bool, outcome: Any, device: str) -> None:
-    with override_arch("gfx950"), aiter_double(era, tuned=tuned) as double:
-        import aiter
-
-        layer = make_layer(device)
-        answer = expected(double, layer)
-        kind = OTHER[KIND[era]] if mistake == "other kind" else KIND[era]
-        operands = {}
-        for name, ours in (("w1", "w13"), ("w2", "w2")):
-            qdata, scale, gate_up = layer[ours].qdata.clone(), layer[ours].scale.clone(), ours == "w13"
-            if mistake != "raw bytes":
-                qdata = shuffle_weight(qdata, kind, gate_up=gate_up)
-                scale = shuffle_scale(scale, kind, gate_up=gate_up)
-            if mistake != "uint8 weights":
-                qdata = qdata.view(torch.float4_e2m1fn_x2)
-            if mistake != "tag dropped":
-                qdata.is_shuffled = True
-                if gate_up and era in "AD":
-                    qdata.shuffle_kind = "mxfp4_guinterleave" if "HIP tag" in mistake else "mxfp4_moe"
-                if gate_up and era == "B":
-                    qdata.is_guinterleave = True
-            operands |= {name: qdata, f"{name}_scale": scale}
-        gate_modes = ["interleave", "separated"] if era in "CE" else ["separated", "interleave"]
-        options = {"gate_mode": gate_modes[mistake == "other gate mode"]}
-        if era == "G" and mistake not in ("tag dropped",):
-            options["is_shuffled"] = True
-        if mistake == "expert mask":  # global expert 0 is another rank's
-            options["expert_mask"] = torch.tensor([0] + [1] * EXPERTS, dtype=torch.int32, device=device)
-            local = layer["topk_ids"] > 0
-            rest = {"topk_ids": (layer["topk_ids"] - 1).clamp(min=0), "topk_weight": layer["topk_weight"] * local}
-            answer = expected(double, layer | rest)
-        padded = torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))
-
-        def call() -> Tensor:
-            return aiter.fused_moe.fused_moe(
-                padded,
-                topk_weight=layer["topk_weight"],
-                topk_ids=layer["topk_ids"],
-                quant_type=aiter.QuantType.per_1x32,
-                **operands,
-                **options,
-            )[:, :HIDDEN]
-
-        if outcome is RIGHT:
-            assert torch.equal(call(), answer)
-        elif outcome is WRONG:
-            assert not relative_error(call(), answer) < 0.5
-        else:
-            with pytest.raises(outcome, match="mismatch|does not support expert-parallel"):
-                call()
-
-
-@pytest.mark.parametrize("era", ERAS)
-def test_untuned_shapes(era: str, device: str) -> None:
-    """Where an era's kernels that read its layout exist for tuned shapes alone, others must not reach it."""
-    with override_arch("gfx950"), aiter_double(era, tuned=False) as double:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_untuned_shapes(version: str, device: str) -> None:
+    """Where a version's kernels that read its layout exist for tuned shapes alone, others must not reach it."""
+    with override_arch("gfx950"), fake_aiter(version, tuned=False) as fake:
         layer = make_layer(device)
         report, out = explain(**layer), fused_moe(**layer)
-        if era in "DFG":
+        if EXPECTED[version].any_shape:
             assert report.backend == "aiter"
-            assert torch.equal(out, expected(double, layer))
+            assert torch.equal(out, answer_of(fake, layer))
         else:
             assert report.backend == "reference"
-            assert (
-                "no tuned kernel that reads 'mxfp4_moe' for 8 tokens (padded), 4 experts" in report.passed_over["aiter"]
-            )
+            reason = report.passed_over["aiter"]
+            assert reason.startswith("no tuned kernel reads 'mxfp4_moe' for 8 tokens (padded), 4 experts")
+            assert reason.endswith(f" in aiter {version}")
             assert torch.equal(out, fused_moe(**layer, backend="reference"))
-            assert double.reads == []
+            assert fake.reads == []
             with pytest.raises(ValueError, match="no tuned kernel"):
                 fused_moe(**layer, backend="aiter")
 
@@ -197,11 +105,11 @@ def refusals(device: str) -> dict[str, tuple[dict[str, Any], str]]:
     return moved
 
 
-@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", refusals("cpu"))
-def test_refused_calls_are_rerouted_or_raise(era: str, name: str, device: str) -> None:
+def test_refused_calls_are_rerouted_or_raise(version: str, name: str, device: str) -> None:
     change, reason = refusals(device)[name]
-    with override_arch("gfx950"), aiter_double(era) as double:
+    with override_arch("gfx950"), fake_aiter(version) as fake:
         layer = make_layer(device) | change
         report = explain(**layer)
         assert report.backend == "reference"
@@ -211,20 +119,20 @@ def test_refused_calls_are_rerouted_or_raise(era: str, name: str, device: str) -
         assert not layer["w13"].is_shuffled  # nothing was used, so nothing was shuffled
         out = fused_moe(**layer)
         assert layer["w13"].is_shuffled  # or a later call would change the layout under one that is running
-        assert double.reads == []
+        assert fake.reads == []
     assert report.shuffles == {name: layer[name].shuffle_kind for name in ("w13", "w2")}
     assert torch.equal(out, fused_moe(**make_layer(device) | change))
 
 
-@pytest.mark.parametrize("era", ERAS)
-def test_what_reaches_the_operator(era: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_reaches_the_operator(version: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """The whole of it, from arguments that are neither contiguous nor of the kernels' dtypes."""
-    with override_arch("gfx950"), aiter_double(era) as double:
+    with override_arch("gfx950"), fake_aiter(version) as fake:
         calls: list[dict[str, Any]] = []
-        operator = double.fused_moe_
-        monkeypatch.setattr(double, "fused_moe_", lambda given: calls.append(given) or operator(given))
+        operator = fake.fused_moe_
+        monkeypatch.setattr(fake, "fused_moe_", lambda given: calls.append(given) or operator(given))
         layer = make_layer(device)
-        answer = expected(double, layer)
+        answer = answer_of(fake, layer)
         apart = {name: layer[name].repeat_interleave(2, 1)[:, ::2] for name in ("hidden_states", "topk_weight")}
         apart["topk_ids"] = layer["topk_ids"].long().t().contiguous().t()
         assert not any(tensor.is_contiguous() for tensor in apart.values())
@@ -250,8 +158,8 @@ def test_what_reaches_the_operator(era: str, monkeypatch: pytest.MonkeyPatch, de
         assert {name: given[name].data_ptr() for name in own} == {name: data.data_ptr() for name, data in own.items()}
         plain = {name: value for name, value in given.items() if name not in described and value is not None}
         ep = {name: 0 for name in plain if name.startswith("ep_")}
-        early = {} if era in "FG" else {"swiglu_limit": 0.0}
-        late = {"is_shuffled": True} if era == "G" else {}
+        early = {} if version in ("#3832", "#4542") else {"swiglu_limit": 0.0}
+        late = {"is_shuffled": True} if version == "#4542" else {}
         assert plain == ep | early | late | {
             "activation": 0,
             "quant_type": 3,
@@ -260,50 +168,51 @@ def test_what_reaches_the_operator(era: str, monkeypatch: pytest.MonkeyPatch, de
             "moe_sorting_dispatch_policy": 0,
             "hidden_pad": 512 - HIDDEN,
             "intermediate_pad": 256 - INTERMEDIATE,
-            "gate_mode": "interleave" if era in "CE" else "separated",
+            "gate_mode": EXPECTED[version].gate_mode,
         }
-        tag = {"A": {"shuffle_kind": "mxfp4_moe"}, "B": {"is_guinterleave": True}, "D": {"shuffle_kind": "mxfp4_moe"}}
-        assert vars(given["w1"]) == {"is_shuffled": True} | tag.get(era, {})
+        assert vars(given["w1"]) == {"is_shuffled": True} | EXPECTED[version].tags
         assert vars(given["w2"]) == {"is_shuffled": True}
 
 
-@pytest.mark.parametrize("era", ERAS)
-def test_no_tokens(era: str, device: str) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_tokens(version: str, device: str) -> None:
     """As on a rank without requests: nothing is launched, and weights are shuffled all the same."""
-    with override_arch("gfx950"), aiter_double(era) as double:
+    with override_arch("gfx950"), fake_aiter(version) as fake:
         layer = make_layer(device, tokens=0)
-        out = fused_moe(**layer, backend=None if era in "ABCE" else "aiter")
+        out = fused_moe(**layer, backend="aiter" if EXPECTED[version].any_shape else None)
         assert (out.shape, out.dtype) == ((0, HIDDEN), torch.bfloat16)
-        assert layer["w13"].shuffle_kind == KIND[era]
-        assert double.reads == []
+        assert layer["w13"].shuffle_kind == EXPECTED[version].layout
+        assert fake.reads == []
 
 
 def test_expert_parallelism_without_a_mask(device: str) -> None:
     """What the refusal of `expert_mask` advises."""
-    with override_arch("gfx950"), aiter_double("F") as double:
+    with override_arch("gfx950"), fake_aiter("#3832") as fake:
         layer = make_layer(device)
         mask = torch.tensor([0, 1, 1, 0, 1, 1, 0], dtype=torch.int32, device=device)
         ids = torch.tensor([[1, 0], [2, 3], [6, 4], [5, 1], [0, 6]], dtype=torch.int32, device=device)
         options = {"activation_dtype": "mxfp4", "scale_rule": "round_up"}
         reference = fused_moe(**(layer | {"topk_ids": ids}), expert_mask=mask, **options)
-        assert double.reads == []
+        assert fake.reads == []
         local = mask[ids.long()] == 1
         local_ids = torch.where(local, mask.cumsum(0)[ids.long()] - 1, 0)
         rest = {"topk_ids": local_ids, "topk_weight": layer["topk_weight"] * local}
         assert relative_error(fused_moe(**(layer | rest), backend="aiter"), reference) < 0.01
-        assert len(double.reads) == 1
+        assert len(fake.reads) == 1
 
 
-@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("tuned", [True, False])
-def test_what_is_explained_is_what_happens(era: str, tuned: bool, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_what_is_explained_is_what_happens(
+    version: str, tuned: bool, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     """Backend, layouts and errors, for every kind that a caller may have fixed and every way of asking."""
     monkeypatch.setattr(reference, "run", lambda call: call.hidden_states)  # numbers are looked at elsewhere
     fixed = ((None, None), ("mxfp4_moe", None), (None, "mxfp4_separated"), ("mxfp4_separated",) * 2, ("none",) * 2)
     asked: list[dict[str, Any]] = [{}, {"backend": "reference"}, {"backend": "aiter"}]
     calls = [{}, *(change for change, _ in refusals(device).values())]
-    with override_arch("gfx950"), aiter_double(era, tuned=tuned) as double:
-        monkeypatch.setattr(double, "answer", lambda x, *rest: x)
+    with override_arch("gfx950"), fake_aiter(version, tuned=tuned) as fake:
+        monkeypatch.setattr(fake, "answer", lambda x, *rest: x)
 
         def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
             try:
@@ -317,41 +226,41 @@ def test_what_is_explained_is_what_happens(era: str, tuned: bool, monkeypatch: p
         ):
             weights = {"w13": make_weight("w13", device, w13_kind), "w2": make_weight("w2", device, w2_kind)}
             arguments = make_layer(device) | weights | change | backend_asked
-            double.reads.clear()
+            fake.reads.clear()
             report = outcome(explain, arguments)
             assert not any(weight.is_shuffled for weight in weights.values())
             out = outcome(fused_moe, arguments)
             shuffled = {name: weight.shuffle_kind for name, weight in weights.items() if weight.is_shuffled}
             if isinstance(out, str):
-                assert (report, shuffled, double.reads) == (out, {}, [])
+                assert (report, shuffled, fake.reads) == (out, {}, [])
             else:
                 assert report.shuffles == shuffled
-                assert report.backend == ("aiter" if double.reads else "reference")
+                assert report.backend == ("aiter" if fake.reads else "reference")
                 assert report.layout is None or set(shuffled.values()) == {report.layout}
 
 
 def test_the_kernels_own_rule_may_be_named(device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         layer = make_layer(device)
         assert explain(**layer, activation_dtype="mxfp4", scale_rule="round_up").backend == "aiter"
         assert explain(**layer, activation_dtype="mxfp4").backend == "aiter"
 
 
 def test_experts_apart_in_memory_are_not_passed_as_if_they_were_together(device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F") as double:
+    with override_arch("gfx950"), fake_aiter("#3832") as fake:
         layer = make_layer(device) | {"w13": make_weight("w13", device)[::2], "w2": make_weight("w2", device)[::2]}
         layer["topk_ids"] %= 2
         for name in ("w13", "w2"):
             one = layer | {other: layer[other].clone() for other in ("w13", "w2") if other != name}
             assert f"experts of {name} are not contiguous in memory" in explain(**one).passed_over["aiter"]
         together = layer | {"w13": layer["w13"].clone(), "w2": layer["w2"].clone()}
-        assert torch.equal(fused_moe(**together), expected(double, layer))
+        assert torch.equal(fused_moe(**together), answer_of(fake, layer))
         middle = layer | {"w13": make_weight("w13", device)[1:3], "w2": make_weight("w2", device)[1:3]}
-        assert torch.equal(fused_moe(**middle), expected(double, middle))
+        assert torch.equal(fused_moe(**middle), answer_of(fake, middle))
 
 
 def test_packed_operator_refuses_layouts_that_the_kernel_does_not_read(device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F") as double:
+    with override_arch("gfx950"), fake_aiter("#3832") as fake:
         layer = make_layer(device)
         layer["w13"].shuffle_("mxfp4_separated")
         layer["w2"].shuffle_("mxfp4_separated")
@@ -368,11 +277,11 @@ def test_packed_operator_refuses_layouts_that_the_kernel_does_not_read(device: s
         operator = torch.ops.shuffled_tensor.fused_moe_packed
         separated, moe = "mxfp4_separated", "mxfp4_moe"
         rest = (INTERMEDIATE, "bfloat16", "aiter")
-        assert torch.equal(operator(*packed, separated, separated, *rest), expected(double, layer))
+        assert torch.equal(operator(*packed, separated, separated, *rest), answer_of(fake, layer))
         for kinds in ((moe, moe), (separated, moe), ("none", separated), (separated, "none")):
             with pytest.raises(ValueError, match="reads 'mxfp4_separated', but w"):
                 operator(*packed, *kinds, *rest)
-        assert len(double.reads) == 1
+        assert len(fake.reads) == 1
 
 
 # --- engine code that calls aiter itself
@@ -391,22 +300,21 @@ def by_keyword(aiter: ModuleType, layer: dict[str, Any], **changes: Any) -> Tens
     return out
 
 
-@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("call", [positional, by_keyword])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_drop_in(era: str, call: Callable[..., Tensor], mode: Callable[[], Any], device: str) -> None:
-    with override_arch("gfx950"), aiter_double(era) as double, mode():
+def test_drop_in(version: str, call: Callable[..., Tensor], mode: Callable[[], Any], device: str) -> None:
+    with override_arch("gfx950"), fake_aiter(version) as fake, mode():
         import aiter
 
         layer = make_layer(device)
-        answer = expected(double, layer)
+        answer = answer_of(fake, layer)
         parameters = layer | {name: torch.nn.Parameter(layer[name]) for name in ("w13", "w2")}
         for _ in range(2):
             assert torch.equal(call(aiter, parameters), answer)
-        assert len(double.reads) == 2
-        assert layer["w13"].shuffle_kind == KIND[era]
-        own_mode = "interleave" if era in "CE" else "separated"
-        assert torch.equal(call(aiter, parameters, gate_mode=own_mode), answer)
+        assert len(fake.reads) == 2
+        assert layer["w13"].shuffle_kind == EXPECTED[version].layout
+        assert torch.equal(call(aiter, parameters, gate_mode=EXPECTED[version].gate_mode), answer)
         # the operator cannot tell its default from the same value given
         assert torch.equal(call(aiter, parameters, gate_mode="separated"), answer)
         # padded as an engine pads its activations: as many columns come back
@@ -426,7 +334,7 @@ def test_drop_in(era: str, call: Callable[..., Tensor], mode: Callable[[], Any],
 
 
 def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
-    with override_arch("gfx950"), aiter_double("G") as double:
+    with override_arch("gfx950"), fake_aiter("#4542") as fake:
         import aiter
 
         layer = make_layer(device)
@@ -459,12 +367,12 @@ def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
             by_keyword(aiter, some, w1_scale=w13[2:].scale)
         with pytest.raises(TypeError, match="w2 must be a ShuffledMXFP4Tensor as the other is, found Tensor"):
             by_keyword(aiter, layer | {"w2": layer["w2"].qdata})
-        assert double.reads == []
+        assert fake.reads == []
         assert by_keyword(aiter, layer, swiglu_limit=0.0, moe_sorting_dispatch_policy=1).shape == (5, HIDDEN)
     assert_expected_inline(
         "\n".join(lines),
         """\
-gate mode: gate_mode='interleave' contradicts the weights: this aiter (era G) reads them as 'mxfp4_separated', which is gate_mode='separated'; leave it out
+gate mode: gate_mode='interleave' contradicts the weights: aiter #4542 reads them as 'mxfp4_separated', which is gate_mode='separated'; leave it out
 is_shuffled: is_shuffled=False contradicts the weights, which are shuffled by the time of the call
 scale: w1_scale must be None or w1.scale itself: w1 carries its own
 scale of others: w1_scale must be None or w1.scale itself: w1 carries its own
@@ -497,13 +405,13 @@ def test_another_engines_operator_in_a_few_lines() -> None:
     library._destroy()
 
 
-@pytest.mark.parametrize("era", ERAS)
-def test_kernel_operands(era: str, device: str) -> None:
-    with override_arch("gfx950"), aiter_double(era) as double:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kernel_operands(version: str, device: str) -> None:
+    with override_arch("gfx950"), fake_aiter(version) as fake:
         import aiter
 
         layer = make_layer(device)
-        answer = expected(double, layer)
+        answer = answer_of(fake, layer)
         w13, w2 = layer["w13"], layer["w2"]
         first, second = w13.as_kernel_operands(), w2.as_kernel_operands()
         assert w13.as_kernel_operands().scale is first.scale
@@ -527,8 +435,8 @@ def test_kernel_operands(era: str, device: str) -> None:
 
         assert torch.equal(call(), answer)
         w13.copy_(make_weight("w13", device).dequantize().flip(0))  # new values reach the holder, in its layout
-        assert torch.equal(call(), expected(double, layer))
-        for change in (w13.unshuffle_, lambda: w13.detach().shuffle_(OTHER[KIND[era]])):
+        assert torch.equal(call(), answer_of(fake, layer))
+        for change in (w13.unshuffle_, lambda: w13.detach().shuffle_(OTHER[EXPECTED[version].layout])):
             with pytest.raises(RuntimeError, match="handed out by as_kernel_operands"):
                 change()
         assert w13.clone().unshuffle_().is_shuffled is False
@@ -538,12 +446,12 @@ def test_kernel_operands(era: str, device: str) -> None:
 def test_kernel_operands_where_there_is_no_aiter() -> None:
     with pytest.raises(RuntimeError, match="cpu is cpu, and aiter's MXFP4 kernels are for gfx950"):
         make_weight("w13").as_kernel_operands()
-    with override_arch("gfx950"), aiter_double("F"), pytest.raises(ValueError, match="not contiguous in memory"):
+    with override_arch("gfx950"), fake_aiter("#3832"), pytest.raises(ValueError, match="not contiguous in memory"):
         make_weight("w13")[::2].as_kernel_operands()
 
 
 def test_the_intermediate_size_is_told_where_that_helps() -> None:
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         w2 = ShuffledMXFP4Tensor(coded(1, 256, 64), moderate_scales(1, 256, 4), gate_up=False)
         assert w2.as_kernel_operands().weight.inter_real == 128
 
@@ -551,16 +459,16 @@ def test_the_intermediate_size_is_told_where_that_helps() -> None:
 # --- detection
 
 
-def test_eras_are_told_apart_and_reported() -> None:
+def test_versions_are_told_apart_and_reported() -> None:
     lines = []
-    for era in ERAS:
-        with override_arch("gfx950"), aiter_double(era):
+    for version in VERSIONS:
+        with override_arch("gfx950"), fake_aiter(version):
             lines.append(str(explain(**make_layer())))
     assert_expected_inline(
         "\n\n".join(lines),
         """\
 architecture  gfx950
-aiter         of unknown version, era A: since #3470, early (57e74501a5)
+aiter         of unknown release, API #3470, shuffle_kind (57e74501a5)
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -568,7 +476,7 @@ tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
 activations   mxfp4, even
 
 architecture  gfx950
-aiter         of unknown version, era B: since 39e2ed7e8a
+aiter         of unknown release, API #3470, is_guinterleave (39e2ed7e8a)
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -576,7 +484,7 @@ tags          is_shuffled=True, is_guinterleave=True, gate_mode='separated'
 activations   mxfp4, even
 
 architecture  gfx950
-aiter         of unknown version, era C: since #3470 as merged (d6ede4548e)
+aiter         of unknown release, API #3470 (d6ede4548e, as merged)
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -584,7 +492,7 @@ tags          is_shuffled=True, gate_mode='interleave'
 activations   mxfp4, even
 
 architecture  gfx950
-aiter         of unknown version, era D: since #3788 (46ecc4489d)
+aiter         of unknown release, API #3788 (46ecc4489d)
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -592,7 +500,7 @@ tags          is_shuffled=True, shuffle_kind='mxfp4_moe', gate_mode='separated'
 activations   mxfp4, even
 
 architecture  gfx950
-aiter         of unknown version, era E: since #3827 (05567f6668)
+aiter         of unknown release, API #3827 (05567f6668)
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -600,7 +508,7 @@ tags          is_shuffled=True, gate_mode='interleave'
 activations   mxfp4, even
 
 architecture  gfx950
-aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
+aiter         of unknown release, API #3832 (b2dd7703df, v0.1.16.post4, v0.1.18 and later)
 backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
@@ -608,7 +516,7 @@ tags          is_shuffled=True, gate_mode='separated'
 activations   mxfp4, round_up
 
 architecture  gfx950
-aiter         of unknown version, era G: since #4542 (55f4bfeb5e)
+aiter         of unknown release, API #4542 (55f4bfeb5e)
 backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
@@ -633,21 +541,21 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
     return install
 
 
-def test_an_aiter_of_no_known_era(installed: Callable[..., ModuleType]) -> None:
+def test_an_aiter_of_no_known_version(installed: Callable[..., ModuleType]) -> None:
     installed(fused_moe=lambda a: a, get_2stage_cfgs=lambda token, model_dim: None)
     with override_arch("gfx950"):
         report = explain(**make_layer())
-        with pytest.raises(ValueError, match="of no era known here"):
+        with pytest.raises(ValueError, match="of no version known here"):
             fused_moe(**make_layer(), backend="aiter")
     assert_expected_inline(
         report.passed_over["aiter"],
-        """aiter of unknown version is of no era known here: looked for fused_moe.get_2stage_cfgs with a parameter shuffle_kind, is_guinterleave or is_shuffled, and for mxfp4_moe_gemm1_a4w4, mxfp4_moe_run and _mxfp4_a4w4_stage1_fw; get_2stage_cfgs has ['model_dim', 'token']""",
+        """aiter of unknown release is of no version known here: looked for fused_moe.get_2stage_cfgs with a parameter shuffle_kind, is_guinterleave or is_shuffled, and for mxfp4_moe_gemm1_a4w4, mxfp4_moe_run and _mxfp4_a4w4_stage1_fw; get_2stage_cfgs has ['model_dim', 'token']""",
     )
 
 
 def test_an_aiter_from_before_the_port(installed: Callable[..., ModuleType]) -> None:
     module = installed(fused_moe=lambda hidden_states: None, get_2stage_cfgs=lambda token, is_shuffled, gate_mode: None)
-    assert backend.detect().era.name == "before #3832"
+    assert backend.detect().version.name == "before #3832"
     backend.forget(module)
 
 
@@ -656,12 +564,12 @@ def test_an_aiter_to_come_is_not_taken_for_an_old_one(installed: Callable[..., M
         fused_moe=lambda hidden_states: None,
         get_2stage_cfgs=lambda token, is_shuffled, gate_mode, opus_weights_shuffled, config_file: None,
     )
-    with pytest.raises(backend.Unusable, match="of no era known here"):
+    with pytest.raises(backend.Unusable, match="of no version known here"):
         backend.detect()
 
 
 def test_an_aiter_that_another_thread_is_importing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """Half of it looks like an older era, which reads another layout or rounds otherwise."""
+    """Half of it looks like an older version, which reads another layout or rounds otherwise."""
     if importlib.util.find_spec("aiter"):
         pytest.skip("needs a machine without aiter")
     half, rest = threading.Event(), threading.Event()
@@ -684,7 +592,7 @@ def test_an_aiter_that_another_thread_is_importing(monkeypatch: pytest.MonkeyPat
         importing.start()
         half.wait()
         later.start()
-        assert backend.detect().era.name == "E"  # without what comes late it would be F
+        assert backend.detect().version.name == "#3827"  # without what comes late it would be #3832
     finally:
         rest.set()
         importing.join()
@@ -702,7 +610,7 @@ def test_no_aiter_and_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: An
         assert explain(**layer).passed_over["aiter"].startswith("aiter is not installed (its distribution is amd-aiter")
         assert torch.equal(fused_moe(**layer), fused_moe(**layer, backend="reference"))
         assert not layer["w13"].is_shuffled  # nobody here reads a shuffled layout
-        with aiter_double("F"):  # one that is loaded later is found
+        with fake_aiter("#3832"):  # one that is loaded later is found
             assert explain(**layer).backend == "aiter"
     (tmp_path / "aiter").mkdir()
     (tmp_path / "aiter" / "__init__.py").write_text("raise RuntimeError('ROCm version file not found')")
@@ -714,21 +622,6 @@ def test_no_aiter_and_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: An
 
 
 def test_other_architectures() -> None:
-    with override_arch("gfx942"), aiter_double("F"):
+    with override_arch("gfx942"), fake_aiter("#3832"):
         report = explain(**make_layer())
         assert report.passed_over == {"aiter": "cpu is gfx942, and aiter's MXFP4 kernels are for gfx950"}
-
-
-def test_the_double_leaves_no_trace() -> None:
-    before = set(sys.modules)
-    with aiter_double("A"):
-        import aiter.fused_moe
-
-        assert callable(aiter.fused_moe.fused_moe)
-        with pytest.raises(RuntimeError, match="loaded already"), aiter_double("B"):
-            pass
-    assert {name for name in set(sys.modules) - before if "aiter" in name.split(".")[0]} == set()
-    assert not hasattr(torch.ops.aiter, "fused_moe_")
-    assert not any("aiter" in sys.modules[name].__name__.split(".")[0] for name in sys.modules if name == "aiter")
-    with pytest.raises(ValueError, match="unknown era 'H'; known eras: A, B, C, D, E, F, G"), aiter_double("H"):
-        pass

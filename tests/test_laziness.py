@@ -14,7 +14,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 from shuffled_tensor import arch, backends, explain, fused_moe, override_arch, prepare
-from shuffled_tensor.testing import aiter_double
+from shuffled_tensor.testing import fake_aiter
 
 from .support.layer import MoE, ShuffleCount, make_layer, make_weight
 
@@ -31,7 +31,7 @@ def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_nothing_shuffles_unasked(shuffles: ShuffleCount, device: str) -> None:
     """On a CPU or another GPU nothing does, and on the target neither does moving, wrapping, copying or explaining."""
-    with aiter_double("F"):
+    with fake_aiter("#3832"):
         fused_moe(**make_layer(device))
         with override_arch("gfx950"):
             module = MoE().to(device).to(torch.float16).to(torch.bfloat16)
@@ -44,7 +44,7 @@ def test_nothing_shuffles_unasked(shuffles: ShuffleCount, device: str) -> None:
 
 
 def test_first_use_shuffles_once(shuffles: ShuffleCount, device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         module = MoE(device)
         address = module.w13_weight.qdata.data_ptr()
         for _ in range(3):
@@ -57,7 +57,7 @@ def test_first_use_shuffles_once(shuffles: ShuffleCount, device: str) -> None:
 
 
 def test_every_alias_sees_the_new_layout(device: str) -> None:
-    with override_arch("gfx950"), aiter_double("A"):
+    with override_arch("gfx950"), fake_aiter("#3470, shuffle_kind"):
         weight = make_weight("w13", device)
         parameter = nn.Parameter(weight)
         module = nn.Module()
@@ -76,7 +76,7 @@ def test_every_alias_sees_the_new_layout(device: str) -> None:
 
 
 def test_eight_threads_at_once(shuffles: ShuffleCount, device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         expected = fused_moe(**make_layer(device))
         shuffles.count = 0
         layer = make_layer(device)
@@ -101,7 +101,7 @@ def test_eight_threads_at_once(shuffles: ShuffleCount, device: str) -> None:
 
 
 def test_being_flattened_for_the_compiler_is_a_first_use(shuffles: ShuffleCount, device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         expected = MoE(device)(*inputs(device))
         shuffles.count = 0
         module = MoE(device)
@@ -116,7 +116,7 @@ def test_being_flattened_for_the_compiler_is_a_first_use(shuffles: ShuffleCount,
 
 
 def test_another_kind_is_laid_out_anew_where_the_target_was_open(device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         expected = fused_moe(**make_layer(device))
         for kinds in (("mxfp4_moe", "mxfp4_moe"), ("mxfp4_moe", None), (None, "mxfp4_separated")):
             layer = make_layer(device)
@@ -130,7 +130,7 @@ def test_another_kind_is_laid_out_anew_where_the_target_was_open(device: str) ->
 @pytest.mark.parametrize("fixed", ["w13", "w2"])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_fixed_kind_that_nobody_reads_is_an_error(fixed: str, shuffled: bool, device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F") as double:
+    with override_arch("gfx950"), fake_aiter("#3832") as fake:
         layer = make_layer(device) | {fixed: make_weight(fixed, device, kind="mxfp4_moe")}
         if shuffled:
             layer[fixed].shuffle_()
@@ -139,7 +139,7 @@ def test_a_fixed_kind_that_nobody_reads_is_an_error(fixed: str, shuffled: bool, 
                 function(**layer)
         assert [layer[name].is_shuffled for name in ("w13", "w2") if name != fixed] == [False]
         assert layer[fixed].is_shuffled == shuffled
-        assert double.reads == []
+        assert fake.reads == []
         fused_moe(**layer, backend="reference")
 
 
@@ -154,7 +154,7 @@ def test_a_fixed_kind_is_shuffled_into_without_aiter(device: str) -> None:
 
 
 def test_bad_arguments_are_found_before_anything_is_shuffled(device: str) -> None:
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         layer = make_layer(device)
         with pytest.raises(TypeError, match="topk_ids must be"):
             fused_moe(**(layer | {"topk_ids": layer["topk_ids"].float()}))
@@ -163,7 +163,7 @@ def test_bad_arguments_are_found_before_anything_is_shuffled(device: str) -> Non
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_prepare(progress: bool, shuffles: ShuffleCount, device: str, caplog: pytest.LogCaptureFixture) -> None:
-    with override_arch("gfx950"), aiter_double("F"), caplog.at_level(logging.INFO, "shuffled_tensor"):
+    with override_arch("gfx950"), fake_aiter("#3832"), caplog.at_level(logging.INFO, "shuffled_tensor"):
         expected = MoE(device)(*inputs(device))
         shuffles.count = 0
         model = nn.Sequential(MoE(device), MoE(device), nn.Linear(2, 2))
@@ -179,7 +179,7 @@ def test_prepare(progress: bool, shuffles: ShuffleCount, device: str, caplog: py
 
 
 def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.LogCaptureFixture) -> None:
-    with override_arch("gfx950"), aiter_double("F"), caplog.at_level(logging.WARNING, "shuffled_tensor"):
+    with override_arch("gfx950"), fake_aiter("#3832"), caplog.at_level(logging.WARNING, "shuffled_tensor"):
         for _ in range(2):
             fused_moe(**make_layer(device), swiglu_limit=123.0, activation="gelu")
             fused_moe(**make_layer(device))
@@ -191,12 +191,16 @@ def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.Log
 def test_a_shape_without_a_kernel_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """Not for every number of tokens that comes."""
     backends._warn.cache_clear()
-    with override_arch("gfx950"), aiter_double("A", tuned=False), caplog.at_level(logging.WARNING, "shuffled_tensor"):
+    with (
+        override_arch("gfx950"),
+        fake_aiter("#3470, shuffle_kind", tuned=False),
+        caplog.at_level(logging.WARNING, "shuffled_tensor"),
+    ):
         for tokens in (5, 6, 7, 8):
             fused_moe(**make_layer(tokens=tokens))
     assert [record.getMessage() for record in caplog.records] == [
-        "fused_moe goes to the reference backend, not to aiter: aiter (era A) has no tuned kernel that reads "
-        "'mxfp4_moe' for 8 tokens (padded), 4 experts, hidden size 512, intermediate size 256 and topk 2"
+        "fused_moe goes to the reference backend, not to aiter: no tuned kernel reads 'mxfp4_moe' for 8 tokens "
+        "(padded), 4 experts, hidden size 512, intermediate size 256 and topk 2 in aiter #3470, shuffle_kind"
     ]
 
 
@@ -228,7 +232,7 @@ def test_doctor() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU: its report is shown here")
-    with aiter_double("F"):
+    with fake_aiter("#3832"):
         plain = run()
         with override_arch("gfx950"):
             target = run()
@@ -236,7 +240,7 @@ def test_doctor() -> None:
         f"{plain}\n\n{target}",
         """\
 torch         <version>
-aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
+aiter         of unknown release, API #3832 (b2dd7703df, v0.1.16.post4, v0.1.18 and later)
 cpu           cpu
   aiter       no: cpu is cpu, and aiter's MXFP4 kernels are for gfx950
   reference   yes, reads any layout
@@ -244,7 +248,7 @@ kinds         'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: no device here is gfx950, and the reference backend runs everything
 
 torch         <version>
-aiter         of unknown version, era F: since #3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later
+aiter         of unknown release, API #3832 (b2dd7703df, v0.1.16.post4, v0.1.18 and later)
 cpu           gfx950
   aiter       yes, reads 'mxfp4_separated'
   reference   yes, reads any layout
@@ -260,7 +264,7 @@ to change     nothing: weights are shuffled on first use""",
 def test_capturing_a_graph_before_first_use_is_refused(device: str) -> None:
     if device != "cuda":
         pytest.skip("needs --device cuda")
-    with override_arch("gfx950"), aiter_double("F"):
+    with override_arch("gfx950"), fake_aiter("#3832"):
         weight = make_weight("w13", device)
         graph = torch.cuda.CUDAGraph()
         with pytest.raises(RuntimeError, match="prepare"), torch.cuda.graph(graph):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, layouts, override_arch, refit
 from shuffled_tensor.tensor import storage
-from shuffled_tensor.testing import aiter_double
+from shuffled_tensor.testing import fake_aiter
 
 from .support.bytes import LAYOUTS, SHAPES, addresses, marked_parts, poke, weight_of
 from .support.judges import assert_holds, dense, in_memory
@@ -198,10 +198,10 @@ def test_a_refit_inside_a_refit_is_refused() -> None:
     assert_holds(module.w13, new, "mxfp4_moe")
 
 
-@pytest.mark.parametrize(("era", "layout"), [("A", "mxfp4_moe"), ("F", "mxfp4_separated")])
-def test_operands_handed_out_see_new_values_in_their_layout(era: str, layout: str) -> None:
+@pytest.mark.parametrize(("version", "layout"), [("#3470, shuffle_kind", "mxfp4_moe"), ("#3832", "mxfp4_separated")])
+def test_operands_handed_out_see_new_values_in_their_layout(version: str, layout: str) -> None:
     new = [marked_parts(*SMALL, salt=salt) for salt in range(1, 5)]
-    with override_arch("gfx950"), aiter_double(era):
+    with override_arch("gfx950"), fake_aiter(version):
         module = module_with(weight_of(marked_parts(*SMALL)))
         operands = module.w13.as_kernel_operands()
 

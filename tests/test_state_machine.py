@@ -31,8 +31,9 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, override_arch, prepare, refit
-from shuffled_tensor.testing import aiter_double
+from shuffled_tensor.testing import fake_aiter
 
+from .support.aiter import EXPECTED
 from .support.bytes import LAYOUTS, marked, marked_parts, poke
 from .support.judges import dense, in_memory
 
@@ -239,12 +240,12 @@ class Life(RuleBasedStateMachine):
             store.target = kind if store.target else None
         store.relayout(kind)
 
-    @rule(data=st.data(), era=st.sampled_from(["A", "F"]))
-    def first_use(self, data: st.DataObject, era: str) -> None:
+    @rule(data=st.data(), version=st.sampled_from(["#3470, shuffle_kind", "#3832"]))
+    def first_use(self, data: st.DataObject, version: str) -> None:
         alias = self.pick(data, lambda alias: alias.whole_experts and alias.store.pinned is None)
-        store, kind = alias.store, "mxfp4_moe" if era == "A" else "mxfp4_separated"
+        store, kind = alias.store, EXPECTED[version].layout
         way = data.draw(st.sampled_from(["flatten", "prepare", "operands"]))
-        with override_arch("gfx950"), aiter_double(era):
+        with override_arch("gfx950"), fake_aiter(version):
             if way == "operands":
                 if store.target not in (None, kind) or not alias.weight.qdata.is_contiguous():
                     with pytest.raises(ValueError, match="made for shuffle_kind|not contiguous"):

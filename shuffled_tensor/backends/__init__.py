@@ -86,7 +86,7 @@ def kind_at_first_use(device: torch.device, requested: Layout | None) -> Layout 
 
 def fingerprint(device: torch.device) -> str:
     """What `select` depends on beside the call: compiled code made under another one is not reused."""
-    return f"{arch(device)}, {aiter.unusable(device) or aiter.detect().era.name}"
+    return f"{arch(device)}, {aiter.unusable(device) or aiter.detect().version.name}"
 
 
 def warn_when_passed_over(choice: Choice, device: torch.device) -> None:

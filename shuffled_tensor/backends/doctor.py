@@ -19,7 +19,9 @@ def doctor() -> str:
     for device in devices:
         reason = aiter.unusable(device)
         lines.append(f"{device!s:14}{arch(device)}")
-        lines.append(f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().era.kind.name!r}'}")
+        lines.append(
+            f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().version.layout.name!r}'}"
+        )
         lines.append("  reference   yes, reads any layout")
     lines.append(f"kinds         {', '.join(map(repr, LAYOUTS))}")
     lines.append(f"to change     {_advice(devices)}")

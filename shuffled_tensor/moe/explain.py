@@ -22,7 +22,7 @@ class Explanation:
 
     arch: str
     aiter: str
-    """The aiter that is installed and its era, or why none can be used."""
+    """The aiter that is installed and its version, or why none can be used."""
     backend: str
     layout: str | None
     """The layout that the backend reads; None where it reads any."""
@@ -79,9 +79,9 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     tags: dict[str, Any] = {}
     activations = "as they come" if call.activation_dtype is None else f"mxfp4, {call.intermediate_scale_rule}"
     if choice.backend == "aiter":
-        era = aiter.detect().era
-        tags = {"is_shuffled": True, **era.w13_tags, "gate_mode": era.gate_mode}
-        activations = f"mxfp4, {era.scale_rule}"
+        version = aiter.detect().version
+        tags = {"is_shuffled": True, **version.w13_tags, "gate_mode": version.gate_mode}
+        activations = f"mxfp4, {version.scale_rule}"
     return Explanation(
         arch=arch(device),
         aiter=aiter.installed(),

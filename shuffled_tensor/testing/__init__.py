@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""For tests without a gfx950 GPU: a contract double of aiter. With it, :func:`shuffled_tensor.override_arch`."""
+"""For tests without a gfx950 GPU: a fake aiter. With it, :func:`shuffled_tensor.override_arch`."""
 
-from shuffled_tensor.testing.aiter_double import ERAS, Double, aiter_double
+from shuffled_tensor.testing.fake_aiter import VERSIONS, FakeAiter, fake_aiter
 
-__all__ = ["ERAS", "Double", "aiter_double"]
+__all__ = ["VERSIONS", "FakeAiter", "fake_aiter"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """On the real machine, against the real aiter: `pytest tests/gfx950`. Everywhere else these are skipped.
 
-The judge is the reference backend with the installed era's rounding, which is itself judged elsewhere by float64
+The judge is the reference backend with the installed aiter's rounding, which is itself judged elsewhere by float64
 arithmetic and by AMD's machine code. Tolerances are those of aiter's own tests.
 """
 
@@ -49,7 +49,7 @@ def routed(tokens: int, hidden: int, topk: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def assert_close(module: MoE, out: Tensor, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-    rule = backend.detect().era.scale_rule
+    rule = backend.detect().version.scale_rule
     reference = module(*arguments, backend="reference", activation_dtype="mxfp4", scale_rule=rule)
     x, y = out.double(), reference.double()
     assert 1 - 2 * (x * y).sum() / (x.square() + y.square()).sum() < 0.01  # aiter's logits_diff
@@ -84,7 +84,7 @@ def test_kinds(kind: str) -> None:
     """The kind that the installed aiter reads gives right numbers; the other is refused, and never reaches a kernel."""
     hidden, intermediate, topk = SHAPES["Kimi-K2.5"]
     module, arguments = MoE(hidden, intermediate, kind), routed(16, hidden, topk)
-    if kind == backend.detect().era.kind:
+    if kind == backend.detect().version.layout.name:
         assert_close(module, module(*arguments), arguments)
     else:
         with pytest.raises(ValueError, match=f"made for shuffle_kind='{kind}'"):

@@ -4,7 +4,7 @@
 from shuffled_tensor.backends.aiter.call import kernel_operands, kind, refuse, run, tagged_weight
 from shuffled_tensor.backends.aiter.versions import (
     ARCH,
-    ERAS,
+    VERSIONS,
     Unusable,
     detect,
     forget,
@@ -14,7 +14,7 @@ from shuffled_tensor.backends.aiter.versions import (
 
 __all__ = [
     "ARCH",
-    "ERAS",
+    "VERSIONS",
     "Unusable",
     "detect",
     "forget",

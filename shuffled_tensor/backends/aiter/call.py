@@ -18,7 +18,7 @@ from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 def kind(device: torch.device) -> Layout | None:
     """The layout that weights on this device must have for aiter; None where aiter is not what runs them."""
-    return None if unusable(device) else detect().era.kind
+    return None if unusable(device) else detect().version.layout
 
 
 def refuse(call: MoECall) -> str | None:
@@ -27,7 +27,7 @@ def refuse(call: MoECall) -> str | None:
     if reason is not None:
         return reason
     installed = detect()
-    rule = installed.era.scale_rule
+    rule = installed.version.scale_rule
     if call.activation != "silu":
         return f"activation={call.activation!r} would be computed as SiLU"
     if call.w13_bias is not None or call.w2_bias is not None:
@@ -56,10 +56,10 @@ def refuse(call: MoECall) -> str | None:
 
 
 def _untuned(call: MoECall, installed: Installed) -> str | None:
-    """Where only tuned shapes have kernels that read the era's layout, the others are wrong without a word (AITER C,
-    E)."""
-    era, tokens = installed.era, call.hidden_states.shape[0]
-    if era.tuned is None or isinstance(tokens, torch.SymInt):  # a symbolic size is looked up when the call runs
+    """Where only tuned shapes have kernels that read the version's layout, the others would be wrong without a
+    word."""
+    version, tokens = installed.version, call.hidden_states.shape[0]
+    if version.tuned is None or isinstance(tokens, torch.SymInt):  # a symbolic size is looked up when the call runs
         return None
     module, fused_moe = installed.probed.module, installed.probed.fused_moe
     w13, w2 = call.w13.geometry, call.w2.geometry
@@ -80,25 +80,25 @@ def _untuned(call: MoECall, installed: Installed) -> str | None:
         w13.padded_columns - w13.columns,
         w2.padded_columns - w2.columns,
         True,
-        gate_mode=era.gate_mode,
-        **era.config,
+        gate_mode=version.gate_mode,
+        **version.config,
     )
-    if era.tuned(found):
+    if version.tuned(found):
         return None
     return (
-        f"aiter (era {era.name}) has no tuned kernel that reads {era.kind.name!r} for {padded} tokens (padded), "
-        f"{experts} experts, hidden size {w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk}"
+        f"no tuned kernel reads {version.layout.name!r} for {padded} tokens (padded), {experts} experts, hidden size "
+        f"{w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk} in aiter {version.name}"
     )
 
 
 def tagged_weight(qdata: Tensor, *, gate_up: bool, intermediate: int) -> Tensor:
-    """The bytes as the float4_e2m1fn_x2 tensor that aiter takes, sharing them, with the era's tags on it."""
-    era = detect().era
+    """The bytes as the float4_e2m1fn_x2 tensor that aiter takes, sharing them, with the version's tags on it."""
+    version = detect().version
     weight = qdata.view(torch.float4_e2m1fn_x2)
     tags: dict[str, Any] = {"is_shuffled": True}
     if gate_up:
-        tags.update(era.w13_tags)
-    elif era.inter_real and intermediate % 128 == 0 and intermediate != 2 * qdata.shape[-1]:
+        tags.update(version.w13_tags)
+    elif version.inter_real and intermediate % 128 == 0 and intermediate != 2 * qdata.shape[-1]:
         tags["inter_real"] = intermediate
     for name, value in tags.items():
         setattr(weight, name, value)
@@ -109,18 +109,18 @@ def run(call: MoECall) -> Tensor:
     """Call ``aiter.fused_moe.fused_moe`` with what :func:`refuse` does not refuse.
 
     Raises:
-        ValueError: weights that are not in the era's layout.
+        ValueError: weights that are not in the layout that this aiter reads.
     """
     installed = detect()
-    era, probed = installed.era, installed.probed
+    version, probed = installed.version, installed.probed
     for name, found in (("w13", call.w13_kind), ("w2", call.w2_kind)):
-        if found != era.kind.name:
-            raise ValueError(f"aiter (era {era.name}) reads {era.kind.name!r}, but {name} is laid out as {found!r}")
+        if found != version.layout.name:
+            raise ValueError(f"aiter {version.name} reads {version.layout.name!r}, but {name} is laid out as {found!r}")
     w13, w2 = call.w13.geometry, call.w2.geometry
-    if not len(call.hidden_states):  # as for a rank without requests; no era says that it takes an empty launch
+    if not len(call.hidden_states):  # as for a rank without requests; no version says that it takes an empty launch
         return call.hidden_states.new_empty(0, w2.rows)
     hidden_pad, intermediate_pad = w2.padded_rows - w2.rows, w2.padded_columns - w2.columns
-    arguments: dict[str, Any] = {"gate_mode": era.gate_mode} if "gate_mode" in probed.call else {}
+    arguments: dict[str, Any] = {"gate_mode": version.gate_mode} if "gate_mode" in probed.call else {}
     if "is_shuffled" in probed.call:
         arguments["is_shuffled"] = True
     out: Tensor = probed.fused_moe.fused_moe(
@@ -147,9 +147,9 @@ def kernel_operands(weight: ShuffledMXFP4Tensor) -> KernelOperands:
         raise RuntimeError(f"as_kernel_operands() lays bytes out for aiter: {reason}")
     if not weight.qdata.is_contiguous():
         raise ValueError("these experts are not contiguous in memory; clone() them first")
-    era, storage = detect().era, weight._storage
-    storage.check_usable_as(era.kind)
-    storage.convert_layout_(era.kind)
-    storage.locked_layout = era.kind
+    version, storage = detect().version, weight._storage
+    storage.check_usable_as(version.layout)
+    storage.convert_layout_(version.layout)
+    storage.locked_layout = version.layout
     tagged = tagged_weight(weight.qdata, gate_up=weight.gate_up, intermediate=weight.shape[-1])
-    return KernelOperands(tagged, weight.scale, era.gate_mode)
+    return KernelOperands(tagged, weight.scale, version.gate_mode)

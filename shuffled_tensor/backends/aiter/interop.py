@@ -65,7 +65,7 @@ def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
             raise ValueError(f"{name}_scale must be None or {name}.scale itself: {name} carries its own")
 
     installed = aiter.detect()
-    era, enums = installed.era, installed.probed.module
+    version, enums = installed.version, installed.probed.module
     quant_type = given.pop("quant_type")
     if quant_type != int(enums.QuantType.per_1x32.value):
         raise ValueError(f"quant_type must be per_1x32 for MXFP4 weights, found the value {quant_type}")
@@ -75,10 +75,10 @@ def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
         if given.pop(name) not in (0, own):
             raise ValueError(f"{name} must be 0 or {own}, by which the weights themselves are padded")
     gate_mode = given.pop("gate_mode")
-    if gate_mode not in (defaults["gate_mode"], era.gate_mode):
+    if gate_mode not in (defaults["gate_mode"], version.gate_mode):
         raise ValueError(
-            f"gate_mode={gate_mode!r} contradicts the weights: this aiter (era {era.name}) reads them as "
-            f"{era.kind.name!r}, which is gate_mode={era.gate_mode!r}; leave it out"
+            f"gate_mode={gate_mode!r} contradicts the weights: aiter {version.name} reads them as "
+            f"{version.layout.name!r}, which is gate_mode={version.gate_mode!r}; leave it out"
         )
     if given.pop("is_shuffled", None) is False:
         raise ValueError("is_shuffled=False contradicts the weights, which are shuffled by the time of the call")

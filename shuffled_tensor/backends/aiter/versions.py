@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""AMD's aiter: which of its eras is installed, what that one reads, and how it is called. The only file that imports
-aiter.
+"""AMD's aiter: which version of its API is installed, what that one reads, and how it is called. The only file that
+imports aiter.
 
-The layout that its a4w4 kernels read, and the tags by which they are told, changed meaning several times, and version
-numbers do not tell: what is installed is found by its signatures. Letters of eras are those of the project's notes;
-commits are aiter's.
+The layout that its a4w4 kernels read, and the tags by which they are told, changed meaning several times, and release
+numbers do not tell: what is installed is found by its signatures. A version has the name of the pull request of
+github.com/ROCm/aiter that brought it; commits are aiter's too.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ ARCH = "gfx950"
 
 
 @dataclass(frozen=True)
-class Era:
+class Version:
     """One row: how to know an aiter, what its MXFP4 MoE kernels read, and how they are told."""
 
     name: str
+    """The pull request, and where it had several versions, by what this one is told."""
     since: str
+    """The commit, and the releases that have it."""
     probe: Callable[[Probed], bool]
-    kind: Layout
+    layout: Layout
     gate_mode: str
     scale_rule: str
     """By which its kernels quantise activations."""
     w13_tags: Mapping[str, Any] = field(default_factory=dict)
-    """Attributes of w1 beside `is_shuffled`, which every era wants on both weights."""
+    """Attributes of w1 beside `is_shuffled`, which every version wants on both weights."""
     inter_real: bool = False
     """Whether w2 may tell its intermediate size without padding."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What `get_2stage_cfgs` gets beyond the arguments common to all eras."""
+    """What `get_2stage_cfgs` gets beyond the arguments common to all versions."""
     tuned: Callable[[Any], bool] | None = None
     """Whether the configuration found is one of this kind's kernels; None where every configuration reads this
     layout."""
@@ -71,50 +73,51 @@ def _parameters(module: ModuleType, name: str) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
 
 
-# None of these eras' MXFP4 kernels takes bias, swiglu_limit, another activation than SiLU, doweight_stage1, activations
-# quantised already, or float16; nor expert_mask, which raises (A, B, F, G) or is dropped (C, D, E).
+# No version's MXFP4 kernels take bias, swiglu_limit, another activation than SiLU, doweight_stage1, activations
+# quantised already, or float16; nor expert_mask, which some of them refuse and the others drop.
+# The first row that fits is taken: #3788 has all that the first one of #3470 is known by, and #4542 all of #3832.
 # The last row must not take an aiter to come for an old one, which would be silent: it is closed by a parameter that
 # came later than its last release.
-ERAS = (
-    Era(
-        "D", "#3788 (46ecc4489d)", lambda p: "shuffle_kind" in p.config and p.has("_MXFP4_PORT_KIND"),
+VERSIONS = (
+    Version(
+        "#3788", "46ecc4489d", lambda p: "shuffle_kind" in p.config and p.has("_MXFP4_PORT_KIND"),
         LAYOUTS["mxfp4_moe"], "separated", "even",
         # its other tag, mxfp4_guinterleave, falls silently to plain kernels for an untuned shape; this one never does
         w13_tags={"shuffle_kind": "mxfp4_moe"}, inter_real=True,
     ),
-    Era(
-        "A", "#3470, early (57e74501a5)", lambda p: "shuffle_kind" in p.config,
+    Version(
+        "#3470, shuffle_kind", "57e74501a5", lambda p: "shuffle_kind" in p.config,
         LAYOUTS["mxfp4_moe"], "separated", "even",
         w13_tags={"shuffle_kind": "mxfp4_moe"},
         config={"shuffle_kind": "mxfp4_moe"}, tuned=lambda found: found.pipeline is not None,
     ),
-    Era(
-        "B", "39e2ed7e8a", lambda p: "is_guinterleave" in p.config,
+    Version(
+        "#3470, is_guinterleave", "39e2ed7e8a", lambda p: "is_guinterleave" in p.config,
         LAYOUTS["mxfp4_moe"], "separated", "even",
         w13_tags={"is_guinterleave": True},
         config={"is_guinterleave": True}, tuned=lambda found: found.pipeline is not None,
     ),
-    Era(
-        "C", "#3470 as merged (d6ede4548e)", lambda p: p.hip and p.has("mxfp4_moe_run"),
+    Version(
+        "#3470", "d6ede4548e, as merged", lambda p: p.hip and p.has("mxfp4_moe_run"),
         LAYOUTS["mxfp4_moe"], "interleave", "even",
         tuned=lambda found: bool(found.mxfp4_hip),
     ),
-    Era(
-        "E", "#3827 (05567f6668)", lambda p: p.hip and p.has("_mxfp4_a4w4_stage1_fw"),
+    Version(
+        "#3827", "05567f6668", lambda p: p.hip and p.has("_mxfp4_a4w4_stage1_fw"),
         LAYOUTS["mxfp4_moe"], "interleave", "even",
         tuned=lambda found: bool(found.mxfp4_hip),
     ),
-    Era(
-        "G", "#4542 (55f4bfeb5e)", lambda p: p.has("_mxfp4_a4w4_stage1_fw") and "is_shuffled" in p.call,
+    Version(
+        "#4542", "55f4bfeb5e", lambda p: p.has("_mxfp4_a4w4_stage1_fw") and "is_shuffled" in p.call,
         LAYOUTS["mxfp4_separated"], "separated", "round_up",
         inter_real=True,
     ),
-    Era(
-        "F", "#3832 (b2dd7703df), v0.1.16.post4, v0.1.18 and later", lambda p: p.has("_mxfp4_a4w4_stage1_fw"),
+    Version(
+        "#3832", "b2dd7703df, v0.1.16.post4, v0.1.18 and later", lambda p: p.has("_mxfp4_a4w4_stage1_fw"),
         LAYOUTS["mxfp4_separated"], "separated", "round_up",
         inter_real=True,
     ),
-    Era(
+    Version(
         "before #3832", "v0.1.14 to v0.1.17",
         lambda p: {"is_shuffled", "gate_mode"} <= p.config and "opus_weights_shuffled" not in p.config,
         LAYOUTS["mxfp4_separated"], "separated", "even",
@@ -124,8 +127,8 @@ ERAS = (
 
 @dataclass(frozen=True)
 class Installed:
-    era: Era
-    version: str
+    version: Version
+    release: str
     probed: Probed
 
 
@@ -138,23 +141,28 @@ _IMPORT_FAILURE: list[str] = []
 
 
 def detect() -> Installed:
-    """The installed aiter and its era, imported on first use.
+    """The installed aiter and its version, imported on first use.
 
     Raises:
-        Unusable: there is none, it does not import, or no era fits it.
+        Unusable: there is none, it does not import, or no version fits it.
     """
     found = _FOUND.get(sys.modules.get("aiter.fused_moe"))
     if found is None:
         probed = Probed(*_import())
-        era = next((era for era in ERAS if era.probe(probed)), None)
-        if era is None:
+        version = version_of(probed)
+        if version is None:
             raise Unusable(
-                f"aiter {version()} is of no era known here: looked for fused_moe.get_2stage_cfgs with a parameter "
+                f"aiter {release()} is of no version known here: looked for fused_moe.get_2stage_cfgs with a parameter "
                 "shuffle_kind, is_guinterleave or is_shuffled, and for mxfp4_moe_gemm1_a4w4, mxfp4_moe_run and "
                 f"_mxfp4_a4w4_stage1_fw; get_2stage_cfgs has {sorted(probed.config) or 'no parameters or is missing'}"
             )
-        found = _FOUND[probed.fused_moe] = Installed(era, version(), probed)
+        found = _FOUND[probed.fused_moe] = Installed(version, release(), probed)
     return found
+
+
+def version_of(probed: Probed) -> Version | None:
+    """The first row of the table that fits."""
+    return next((version for version in VERSIONS if version.probe(probed)), None)
 
 
 def forget(module: ModuleType) -> None:
@@ -162,12 +170,12 @@ def forget(module: ModuleType) -> None:
     _FOUND.pop(module, None)
 
 
-def version() -> str:
-    """Of the distribution; a source tree may have none."""
+def release() -> str:
+    """The number of the installed distribution; a source tree may have none."""
     try:
         return importlib.metadata.version("amd-aiter")
     except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
+        return "of unknown release"
 
 
 def _import() -> tuple[ModuleType, ModuleType]:
@@ -199,9 +207,9 @@ def unusable(device: torch.device) -> str | None:
 
 
 def installed() -> str:
-    """The installed aiter and its era, or why none can be used."""
+    """The installed aiter and its version, or why none can be used."""
     try:
         found = detect()
     except Unusable as error:
         return str(error)
-    return f"{found.version}, era {found.era.name}: since {found.era.since}"
+    return f"{found.release}, API {found.version.name} ({found.version.since})"
