@@ -17,20 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, backends, fused_moe
-from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.moe.op import Description
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOPK = 8, 256, 256, 16, 2
 
 
-class OneMultiplication:
+class OneMultiplication(backends.Backend):
     """A backend that takes any call and reads nothing but the hidden states."""
+
+    name = "one multiplication"
 
     def refuse(self, call: MoECall) -> str | None:
         return None
 
-    def kind(self, device: torch.device) -> Layout | None:
-        return None
+    def describe(self, call: MoECall) -> Description:
+        return Description("as they come", {})
 
     def run(self, call: MoECall) -> Tensor:
         return call.hidden_states * 2
@@ -60,7 +62,16 @@ class Plain(nn.Module):
     def forward(self, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         packed = torch.ops.shuffled_tensor.fused_moe_packed.default
         weights = self.w13_qdata, self.w13_scale, self.w2_qdata, self.w2_scale
-        return packed(x, *weights, weight, ids, "none", "none", INTERMEDIATE, "bfloat16", "one multiplication")
+        w13_qdata, w13_scale, w2_qdata, w2_scale = weights
+        return packed(
+            x,
+            *(w13_qdata, w13_scale, "none", 2 * INTERMEDIATE, HIDDEN),
+            *(w2_qdata, w2_scale, "none", HIDDEN, INTERMEDIATE),
+            weight,
+            ids,
+            out_dtype="bfloat16",
+            backend="one multiplication",
+        )
 
 
 def captured(module: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[[], object]:

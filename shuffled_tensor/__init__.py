@@ -3,6 +3,7 @@
 
 from typing import TYPE_CHECKING
 
+from shuffled_tensor.backends import BACKENDS as _BACKENDS  # chooses who computes
 from shuffled_tensor.backends.aiter import interop as _interop  # registers operators of other libraries
 from shuffled_tensor.device import arch, override_arch
 from shuffled_tensor.layouts import LAYOUTS, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
@@ -64,7 +65,7 @@ __all__ = [
 
 implements = ShuffledMXFP4Tensor.operations.implements
 
-del _interop, _ops
+del _BACKENDS, _interop, _ops
 
 
 def __getattr__(name: str) -> object:

@@ -14,9 +14,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import backends, mxfp4
+from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import find_layout
+from shuffled_tensor.mxfp4 import ScaleRule
+from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.tensor.geometry import RowOrder
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -33,7 +36,7 @@ _TAGS = ("is_shuffled", "shuffle_kind", "is_guinterleave")
 def wrap_experts_(
     module: _Module,
     *,
-    row_order: str,
+    row_order: RowOrder,
     w13: str = "w13_weight",
     w2: str = "w2_weight",
     w13_scale: str = "w13_weight_scale",
@@ -107,11 +110,11 @@ def wrap_experts_(
 def quantize_experts_(
     module: _Module,
     *,
-    row_order: str,
+    row_order: RowOrder,
     w13: str = "w13_weight",
     w2: str = "w2_weight",
     shuffle_kind: str | None = None,
-    scale_rule: str = "even",
+    scale_rule: ScaleRule = "even",
 ) -> _Module:
     """Make every pair of high-precision expert weights in a module :class:`ShuffledMXFP4Tensor` parameters, in place.
 
@@ -192,9 +195,9 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
         steps = tqdm(storages, desc="shuffling MXFP4 weights", unit="weight")
     start, moved, kinds = time.perf_counter(), 0, Counter[str]()
     for storage in steps:
-        kind = backends.kind_at_first_use(storage.qdata.device, storage.requested_layout)
-        if kind is not None and kind is not storage.layout:
-            storage.convert_layout_(kind)
+        layout = policy.current.layout_at_first_use(storage.qdata.device, storage.requested_layout)
+        if layout is not None and layout is not storage.layout:
+            storage.convert_layout_(layout)
             moved += storage.qdata.nbytes + storage.scale.nbytes
         kinds[storage.layout.name] += 1
     _log.info(

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "CODES", "PARTS", "SCALES", "SCALE_RULES", "Part", "dequantize", "quantize"]
+__all__ = ["BLOCK", "CODES", "PARTS", "SCALES", "SCALE_RULES", "Part", "ScaleRule", "dequantize", "quantize"]
 
 BLOCK = 32
 """Elements that share one scale."""
@@ -58,25 +59,27 @@ _BOUNDARIES = tuple(
     for code, midpoint in enumerate((low + high) / 2 for low, high in pairwise(_MAGNITUDES))
 )
 
+ScaleRule = Literal["floor", "even", "round_up", "amax4"]
+
 # What each rule makes of the bits of a block's float32 amax: the exponent of a scale that puts amax near 4..6, the top
 # of e2m1, which is two binades above 1.
-_SCALE_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+_SCALE_RULES: dict[ScaleRule, Callable[[Tensor], Tensor]] = {
     # OCP MX 1.0, section 6.3: 2**(floor(log2(amax)) - 2)
     "floor": lambda amax: (_bits(amax) >> 23) - 2,
-    # the same, where an amax from 1.75 * 2**n on counts as the next binade (Quark; aiter until July 2026)
+    # the same, where an amax from 1.75 * 2**n on counts as the next binade (Quark; AMD's kernels until July 2026)
     "even": lambda amax: ((_bits(amax) + 0x200000) >> 23) - 2,
-    # the power of two at or above amax / 6, so that nothing saturates (aiter since July 2026)
+    # the power of two at or above amax / 6, so that nothing saturates (AMD's kernels since July 2026)
     "round_up": lambda amax: (_bits(amax * (1 / 6)) + 0x7FFFFF) >> 23,
     # amax / 4 rounded to a power of two, upwards from a mantissa of 1.5 (AMD's one-stage fused kernels, for the
     # intermediate)
     "amax4": lambda amax: ((_bits(amax) + 0x400000) >> 23) - 2,
 }
 
-SCALE_RULES = tuple(_SCALE_RULES)
+SCALE_RULES: tuple[ScaleRule, ...] = tuple(_SCALE_RULES)
 """Names of the rules by which a block's scale follows from its amax."""
 
 
-def quantize(values: Tensor, *, scale_rule: str = "even") -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, *, scale_rule: ScaleRule = "even") -> tuple[Tensor, Tensor]:
     """Quantise to MXFP4, computing in float32; codes round to nearest, ties to even, and saturate at 6.
 
     Args:

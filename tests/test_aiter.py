@@ -23,14 +23,14 @@ from shuffled_tensor import (
     implements,
     override_arch,
 )
-from shuffled_tensor.backends import reference
 from shuffled_tensor.backends.aiter import versions as backend
+from shuffled_tensor.backends.reference import Reference
 from shuffled_tensor.testing import VERSIONS, fake_aiter
 
 from .support.aiter import EXPECTED, OTHER, READS, answer_of
 from .support.bytes import coded, moderate_scales
 from .support.judges import relative_error
-from .support.layer import EXPERTS, HIDDEN, INTERMEDIATE, make_layer, make_weight
+from .support.layer import EXPERTS, HIDDEN, INTERMEDIATE, make_layer, make_weight, packed_arguments
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -207,7 +207,7 @@ def test_what_is_explained_is_what_happens(
     version: str, tuned: bool, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """Backend, layouts and errors, for every kind that a caller may have fixed and every way of asking."""
-    monkeypatch.setattr(reference, "run", lambda call: call.hidden_states)  # numbers are looked at elsewhere
+    monkeypatch.setattr(Reference, "run", lambda self, call: call.hidden_states)  # numbers are looked at elsewhere
     fixed = ((None, None), ("mxfp4_moe", None), (None, "mxfp4_separated"), ("mxfp4_separated",) * 2, ("none",) * 2)
     asked: list[dict[str, Any]] = [{}, {"backend": "reference"}, {"backend": "aiter"}]
     calls = [{}, *(change for change, _ in refusals(device).values())]
@@ -264,23 +264,13 @@ def test_packed_operator_refuses_layouts_that_the_kernel_does_not_read(device: s
         layer = make_layer(device)
         layer["w13"].shuffle_("mxfp4_separated")
         layer["w2"].shuffle_("mxfp4_separated")
-        w13, w2 = layer["w13"], layer["w2"]
-        packed = (
-            layer["hidden_states"],
-            w13.qdata,
-            w13.scale,
-            w2.qdata,
-            w2.scale,
-            layer["topk_weight"],
-            layer["topk_ids"],
-        )
+        packed = packed_arguments(layer) | {"out_dtype": "bfloat16", "backend": "aiter"}
         operator = torch.ops.shuffled_tensor.fused_moe_packed
         separated, moe = "mxfp4_separated", "mxfp4_moe"
-        rest = (INTERMEDIATE, "bfloat16", "aiter")
-        assert torch.equal(operator(*packed, separated, separated, *rest), answer_of(fake, layer))
-        for kinds in ((moe, moe), (separated, moe), ("none", separated), (separated, "none")):
+        assert torch.equal(operator(**packed), answer_of(fake, layer))
+        for w13_layout, w2_layout in ((moe, moe), (separated, moe), ("none", separated), (separated, "none")):
             with pytest.raises(ValueError, match="reads 'mxfp4_separated', but w"):
-                operator(*packed, *kinds, *rest)
+                operator(**(packed | {"w13_layout": w13_layout, "w2_layout": w2_layout}))
         assert len(fake.reads) == 1
 
 

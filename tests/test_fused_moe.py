@@ -20,6 +20,7 @@ from shuffled_tensor.mxfp4 import dequantize, quantize
 
 from .support.bytes import coded, moderate_scales
 from .support.judges import cosine, dense, dense_moe, relative_error
+from .support.layer import packed_arguments
 
 GOLDEN = Path(__file__).parent / "data" / "fmoe_silu_gfx950.safetensors"
 KINDS = ("mxfp4_moe", "mxfp4_separated")
@@ -208,12 +209,8 @@ def test_torchs_own_checks_of_the_operators(kind: str | None) -> None:
         layer["w13"].shuffle_(kind)
         layer["w2"].shuffle_(kind)
     torch.library.opcheck(torch.ops.shuffled_tensor.fused_moe.default, tuple(layer.values()))
-    w13, w2 = layer["w13"], layer["w2"]
-    packed = (layer["hidden_states"], w13.qdata, w13.scale, w2.qdata, w2.scale, layer["topk_weight"], layer["topk_ids"])
-    kinds = (kind or "none", kind or "none")
-    torch.library.opcheck(
-        torch.ops.shuffled_tensor.fused_moe_packed.default, (*packed, *kinds, 64, "float32", "reference")
-    )
+    packed = packed_arguments(layer) | {"out_dtype": "float32", "backend": "reference"}
+    torch.library.opcheck(torch.ops.shuffled_tensor.fused_moe_packed.default, (), packed)
 
 
 def test_bad_input() -> None:

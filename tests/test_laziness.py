@@ -13,7 +13,8 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
-from shuffled_tensor import arch, backends, explain, fused_moe, override_arch, prepare
+from shuffled_tensor import arch, explain, fused_moe, override_arch, prepare
+from shuffled_tensor.backends import base
 from shuffled_tensor.testing import fake_aiter
 
 from .support.layer import MoE, ShuffleCount, make_layer, make_weight
@@ -190,7 +191,7 @@ def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.Log
 
 def test_a_shape_without_a_kernel_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """Not for every number of tokens that comes."""
-    backends._warn.cache_clear()
+    base._warn_once.cache_clear()
     with (
         override_arch("gfx950"),
         fake_aiter("#3470, shuffle_kind", tuned=False),
@@ -244,7 +245,7 @@ aiter         of unknown release, API #3832 (b2dd7703df, v0.1.16.post4, v0.1.18 
 cpu           cpu
   aiter       no: cpu is cpu, and aiter's MXFP4 kernels are for gfx950
   reference   yes, reads any layout
-kinds         'none', 'mxfp4_moe', 'mxfp4_separated'
+layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: no device here is gfx950, and the reference backend runs everything
 
 torch         <version>
@@ -252,7 +253,7 @@ aiter         of unknown release, API #3832 (b2dd7703df, v0.1.16.post4, v0.1.18 
 cpu           gfx950
   aiter       yes, reads 'mxfp4_separated'
   reference   yes, reads any layout
-kinds         'none', 'mxfp4_moe', 'mxfp4_separated'
+layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: weights are shuffled on first use""",
     )
     with override_arch("gfx950"):

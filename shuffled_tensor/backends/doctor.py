@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from shuffled_tensor.backends import aiter
+from shuffled_tensor.backends.base import BACKENDS, Backend
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import LAYOUTS
 
@@ -15,22 +15,37 @@ __all__ = ["doctor"]
 def doctor() -> str:
     """This machine, as ``python -m shuffled_tensor doctor`` prints it."""
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    lines = [f"torch         {torch.__version__}", f"aiter         {aiter.installed()}"]
+    lines = [f"torch         {torch.__version__}"]
+    for name, backend in BACKENDS.items():
+        fingerprint = backend.fingerprint()
+        if fingerprint is not None:
+            lines.append(f"{name:14}{fingerprint}")
     for device in devices:
-        reason = aiter.unusable(device)
         lines.append(f"{device!s:14}{arch(device)}")
-        lines.append(
-            f"  aiter       {f'no: {reason}' if reason else f'yes, reads {aiter.detect().version.layout.name!r}'}"
-        )
-        lines.append("  reference   yes, reads any layout")
-    lines.append(f"kinds         {', '.join(map(repr, LAYOUTS))}")
+        lines += [f"  {name:12}{_on(backend, device)}" for name, backend in BACKENDS.items()]
+    lines.append(f"layouts       {', '.join(map(repr, LAYOUTS))}")
     lines.append(f"to change     {_advice(devices)}")
     return "\n".join(lines)
 
 
+def _on(backend: Backend, device: torch.device) -> str:
+    reason = backend.available(device)
+    if reason is not None:
+        return f"no: {reason}"
+    layouts = ", ".join(repr(layout.name) for layout in backend.layouts(device))
+    return f"yes, reads {layouts or 'any layout'}"
+
+
 def _advice(devices: list[torch.device]) -> str:
-    if not any(arch(device) == aiter.ARCH for device in devices):
-        return f"nothing: no device here is {aiter.ARCH}, and the reference backend runs everything"
-    if any(aiter.unusable(device) is None for device in devices):
+    here = [
+        (backend, backend.available(device))
+        for backend in BACKENDS.values()
+        for device in devices
+        if backend.arch == arch(device)
+    ]
+    if not here:
+        wanted = " or ".join(backend.arch for backend in BACKENDS.values() if backend.arch is not None)
+        return f"nothing: no device here is {wanted}, and the {list(BACKENDS)[-1]} backend runs everything"
+    if any(reason is None for _, reason in here):
         return "nothing: weights are shuffled on first use"
-    return "install or repair aiter (https://github.com/ROCm/aiter, distribution amd-aiter)"
+    return "; ".join(dict.fromkeys(backend.remedy for backend, _ in here))

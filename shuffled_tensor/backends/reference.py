@@ -4,59 +4,70 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import Layout
-from shuffled_tensor.moe.call import SWIGLU_LIMIT, MoECall
+from shuffled_tensor.backends.base import Backend
+from shuffled_tensor.moe.activations import ACTIVATIONS
+from shuffled_tensor.moe.call import MoECall, PackedWeight
+from shuffled_tensor.moe.op import Description
+from shuffled_tensor.mxfp4 import ScaleRule
 from shuffled_tensor.tensor.storage import PackedStorage
 
-
-def refuse(call: MoECall) -> str | None:
-    return None
+__all__ = ["Reference"]
 
 
-def kind(device: torch.device) -> Layout | None:
-    return None  # reads any
-
-
-def run(call: MoECall) -> Tensor:
+class Reference(Backend):
     """float32 throughout; one expert is dequantised at a time, and only those that received tokens.
 
     With ``activation_dtype="mxfp4"``, what enters each of the two GEMMs is first rounded to MXFP4, and back, by the
     scale rule.
-
-    Raises:
-        ValueError: expert ids out of range, or an ``expert_mask`` that does not mark as many experts as there are
-            weights.
     """
-    rule = call.intermediate_scale_rule
-    taken_as_is = call.hidden_scale
-    hidden_states = (
-        mxfp4.dequantize(call.hidden_states, taken_as_is)
-        if taken_as_is is not None
-        else _round_trip(call.hidden_states.float(), rule)
-    )
-    ids = _local_ids(call)
-    weight = call.topk_weight.float()
-    out = hidden_states.new_zeros(len(hidden_states), call.hidden)
-    for expert in ids.unique().tolist():
-        if expert < 0:
-            continue  # another rank's
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        factor = weight[token, slot].unsqueeze(1)
-        gate_up = hidden_states[token] @ _of(call.w13, expert).T
-        if call.doweight_stage1:
-            gate_up *= factor
-        if call.w13_bias is not None:
-            gate_up += call.w13_bias[expert]
-        intermediate = _round_trip(_activate(call, *gate_up.chunk(2, dim=1)), rule)
-        down = intermediate @ _of(call.w2, expert).T
-        if call.w2_bias is not None:
-            down += call.w2_bias[expert]
-        out.index_add_(0, token, down if call.doweight_stage1 else down * factor)
-    return out.to(call.dtype)
+
+    name = "reference"
+
+    def refuse(self, call: MoECall[PackedWeight]) -> str | None:
+        return None
+
+    def describe(self, call: MoECall[PackedWeight]) -> Description:
+        rule = call.intermediate_scale_rule
+        return Description("as they come" if rule is None else f"mxfp4, {rule}", {})
+
+    def run(self, call: MoECall[PackedWeight]) -> Tensor:
+        """As :meth:`Backend.run`.
+
+        Raises:
+            ValueError: expert ids out of range, or an ``expert_mask`` that does not mark as many experts as there are
+                weights.
+        """
+        rule = call.intermediate_scale_rule
+        taken_as_is = call.hidden_scale
+        hidden_states = (
+            mxfp4.dequantize(call.hidden_states, taken_as_is)
+            if taken_as_is is not None
+            else _round_trip(call.hidden_states.float(), rule)
+        )
+        w13, w2, activate = call.w13.storage(), call.w2.storage(), ACTIVATIONS[call.activation]
+        ids = _local_ids(call)
+        weight = call.topk_weight.float()
+        out = hidden_states.new_zeros(len(hidden_states), call.hidden)
+        for expert in ids.unique().tolist():
+            if expert < 0:
+                continue  # another rank's
+            token, slot = (ids == expert).nonzero(as_tuple=True)
+            factor = weight[token, slot].unsqueeze(1)
+            gate_up = hidden_states[token] @ _of(w13, expert).T
+            if call.doweight_stage1:
+                gate_up *= factor
+            if call.w13_bias is not None:
+                gate_up += call.w13_bias[expert]
+            gate, up = gate_up.chunk(2, dim=1)
+            intermediate = _round_trip(activate(gate, up, call.swiglu_limit), rule)
+            down = intermediate @ _of(w2, expert).T
+            if call.w2_bias is not None:
+                down += call.w2_bias[expert]
+            out.index_add_(0, token, down if call.doweight_stage1 else down * factor)
+        return out.to(call.out_dtype)
 
 
 def _of(weight: PackedStorage, expert: int) -> Tensor:
@@ -64,22 +75,13 @@ def _of(weight: PackedStorage, expert: int) -> Tensor:
     return weight.dequantize(weight.whole()._replace(experts=range(expert, expert + 1)), torch.float32)[0]
 
 
-def _activate(call: MoECall, gate: Tensor, up: Tensor) -> Tensor:
-    limit = SWIGLU_LIMIT if call.swiglu_limit is None and call.activation == "swiglu" else call.swiglu_limit
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    if call.activation == "swiglu":  # gpt-oss
-        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-    return (F.silu if call.activation == "silu" else F.gelu)(gate) * up
-
-
-def _round_trip(values: Tensor, rule: str | None) -> Tensor:
+def _round_trip(values: Tensor, rule: ScaleRule | None) -> Tensor:
     return values if rule is None else mxfp4.dequantize(*mxfp4.quantize(values, scale_rule=rule))
 
 
-def _local_ids(call: MoECall) -> Tensor:
+def _local_ids(call: MoECall[PackedWeight]) -> Tensor:
     """Indices into the weights at hand, -1 for experts of other ranks."""
-    ids, mask, experts = call.topk_ids.long(), call.expert_mask, len(call.w13_qdata)
+    ids, mask, experts = call.topk_ids.long(), call.expert_mask, len(call.w13.qdata)
     known = experts if mask is None else len(mask)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < known:
         raise ValueError(f"topk_ids must be in 0..{known - 1}, found {ids.min().item()}..{ids.max().item()}")

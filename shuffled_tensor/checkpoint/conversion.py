@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shuffled_tensor.checkpoint import manifest
-from shuffled_tensor.checkpoint.names import find_layers, manifest_weights
+from shuffled_tensor.checkpoint.names import FormatName, find_layers, manifest_weights
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.checkpoint.writer import Pieces, whole_tensor, write_file
@@ -28,7 +28,7 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     layout: str = "canonical",
-    format: str = "auto",
+    format: FormatName = "auto",
 ) -> None:
     """Write the experts of a checkpoint to a safetensors file with a manifest, which :func:`load_experts` and
     :func:`load_file` trust; all other tensors come along as they are.
@@ -76,7 +76,7 @@ def convert(
             )
 
 
-def _plan(files: Files, format: str, layout: Layout) -> tuple[dict[str, Weight], dict[str, Pieces]]:
+def _plan(files: Files, format: FormatName, layout: Layout) -> tuple[dict[str, Weight], dict[str, Pieces]]:
     """The MXFP4 weights of a checkpoint, and everything that is to be written of it."""
     weights: dict[str, Weight] = {}
     parts: dict[str, Pieces] = {}

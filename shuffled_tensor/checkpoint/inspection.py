@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shuffled_tensor.checkpoint.names import check_layer, detect, formats_in, group_layers, manifest_weights
+from shuffled_tensor.checkpoint.names import FormatName, check_layer, detect, formats_in, group_layers, manifest_weights
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.layouts import ROW_MAJOR
@@ -39,7 +39,7 @@ class Finding:
     problems: tuple[str, ...]
 
 
-def inspect(path: str | os.PathLike[str], *, format: str = "auto") -> list[Finding]:
+def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto") -> list[Finding]:
     """Read every MXFP4 weight of a checkpoint, expert by expert, and compare it with what the file says of it.
 
     Args:
@@ -53,17 +53,17 @@ def inspect(path: str | os.PathLike[str], *, format: str = "auto") -> list[Findi
     with Files(path) as files:
         weights = {name: ("shuffled_tensor", weight) for name, weight in manifest_weights(files).items()}
         findings = []
-        formats = list(formats_in(files)) if format == "auto" else [format]
+        formats: list[str] = list(formats_in(files)) if format == "auto" else [format]
         if not formats and not weights:
             detect(files)  # says what it looked for
-        for format in formats:
-            for name, parts in group_layers(files, "", format).items():
+        for found in formats:
+            for name, parts in group_layers(files, "", found).items():
                 try:
                     layer = check_layer(name, parts)
                 except CheckpointError as error:
-                    findings.append(Finding(name, format, (), "", "", "", False, (str(error),)))
+                    findings.append(Finding(name, found, (), "", "", "", False, (str(error),)))
                 else:
-                    weights = {weight.name: (format, weight) for weight in layer} | weights
+                    weights = {weight.name: (found, weight) for weight in layer} | weights
         with tqdm(total=sum(w.shape[0] for _, w in weights.values()), desc="reading experts", disable=None) as progress:
             return findings + [_look(format, weight, progress) for format, weight in weights.values()]
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shuffled_tensor.checkpoint.names import Layer, find_layers, is_shared, manifest_weights
+from shuffled_tensor.checkpoint.names import FormatName, Layer, find_layers, is_shared, manifest_weights
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS
-from shuffled_tensor.tensor.geometry import Geometry
+from shuffled_tensor.tensor.geometry import Geometry, ShardDim
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -42,11 +42,11 @@ def load_experts(
     path: str | os.PathLike[str],
     *,
     prefix: str = "",
-    format: str = "auto",
+    format: FormatName = "auto",
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
-    dim: str = "expert",
+    dim: ShardDim = "expert",
     into: nn.Module | None = None,
 ) -> dict[str, Experts]:
     """Read the expert weights of a checkpoint, expert by expert: gpt-oss, Quark, compressed-tensors

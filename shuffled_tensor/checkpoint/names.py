@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS, SCALES, Part
 __all__ = [
     "PART_NAMES",
     "PROJECTIONS",
+    "FormatName",
     "Layer",
     "check_layer",
     "detect",
@@ -68,6 +69,9 @@ PROJECTIONS = (
     Projections(_BY_EXPERT, {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}, "apart", ("deepseek",)),
     Projections(r"(?:(?P<prefix>.+)\.)?", {"w13": ("w13", 0), "w2": ("w2", 0)}, "contiguous", ("shuffled_tensor",)),
 )
+
+FormatName = Literal["auto", "gpt-oss", "quark", "compressed-tensors", "deepseek", "shuffled_tensor"]
+"""What a caller may say of a checkpoint: a row of :data:`PART_NAMES`, or to have it read off the names."""
 
 PART_NAMES: dict[str, dict[str, Part | str]] = {
     # by format; what follows a projection's name. The first is the format's own name for codes, and codes that are
@@ -157,7 +161,7 @@ def manifest_weights(files: Files) -> dict[str, Weight]:
     return found
 
 
-def find_layers(files: Files, prefix: str = "", format: str = "auto") -> dict[str, Layer]:
+def find_layers(files: Files, prefix: str = "", format: FormatName = "auto") -> dict[str, Layer]:
     """The expert layers whose names begin with ``prefix``, by what their names have in common.
 
     Raises:

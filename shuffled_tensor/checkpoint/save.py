@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def save_file(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
     *,
-    layout: str = "canonical",
+    layout: Literal["canonical", "as_is"] = "canonical",
 ) -> None:
     """Write tensors to a safetensors file, as ``safetensors.torch.save_file`` does, among them
     :class:`ShuffledMXFP4Tensor`.

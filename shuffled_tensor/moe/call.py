@@ -1,166 +1,282 @@
 # SPDX-License-Identifier: MIT
-"""One call of a mixture-of-experts layer as the packed operator gets it: plain tensors, their layouts, and what is
-asked for."""
+"""One call of a mixture-of-experts layer, and the only list of its arguments.
+
+The schemas of both operators, the signature of :func:`shuffled_tensor.fused_moe`, its forwarding and ``explain`` are
+made from the fields of :class:`MoECall`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields, replace
+from itertools import islice
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import find_layout
+from shuffled_tensor.layouts import Layout, find_layout
+from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
+from shuffled_tensor.mxfp4 import PARTS, ScaleRule
 from shuffled_tensor.tensor.geometry import Geometry
 from shuffled_tensor.tensor.storage import PackedStorage
 
-__all__ = ["ACTIVATIONS", "MoECall"]
+__all__ = ["ARGUMENTS", "BackendName", "MoECall", "PackedWeight", "check", "pack", "schema", "to_operator", "unpack"]
 
-ACTIVATIONS = ("silu", "gelu", "swiglu")
-SWIGLU_LIMIT = 7.0
-"""The limit that `swiglu` has when the caller names none: gpt-oss's."""
+BackendName = Literal["aiter", "reference"]
 
 _HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ID_DTYPES = (torch.int32, torch.int64)
 
+_Weight = TypeVar("_Weight")
+
 
 @dataclass
-class MoECall:
-    """Arguments of ``shuffled_tensor::fused_moe_packed``; shapes are those of :func:`shuffled_tensor.fused_moe`,
-    weights padded and in their kinds."""
+class MoECall(Generic[_Weight]):
+    """The arguments of :func:`shuffled_tensor.fused_moe`. Weights are tensors, or :class:`PackedWeight` as backends get
+    them.
+
+    Args:
+        hidden_states: bfloat16, float16 or float32 ``[tokens, K]``; with ``hidden_scale``, packed MXFP4: uint8
+            ``[tokens, K/2]``.
+        w13: :class:`ShuffledMXFP4Tensor` ``[E, 2I, K]`` made with ``gate_up=True``.
+        w2: :class:`ShuffledMXFP4Tensor` ``[E, K, I]``.
+        topk_weight: floating point ``[tokens, topk]``, applied to the second GEMM's output.
+        topk_ids: int32 or int64 ``[tokens, topk]``, the experts of each token.
+        activation: ``"silu"`` or ``"gelu"`` of the gate times up, or ``"swiglu"``, gpt-oss's ``gate * sigmoid(1.702 *
+            gate) * (up + 1)``.
+        w13_bias, w2_bias: floating point ``[E, 2I]`` (gate, then up) and ``[E, K]``.
+        expert_mask: int32 ``[global experts]``, 1 where the expert is local; ``topk_ids`` are then global, and other
+            ranks' experts add nothing.
+        doweight_stage1: apply ``topk_weight`` to the first GEMM's output, before its bias, instead.
+        swiglu_limit: clamps the gate to at most, and up to plus and minus, this; None is 7 for ``"swiglu"`` and no
+            limit for the others.
+        hidden_scale: uint8 e8m0 ``[tokens, K/32]``: the hidden states are MXFP4 already, and taken as they are.
+        activation_dtype: None computes on activations as they come; ``"mxfp4"`` rounds what enters each GEMM to MXFP4
+            first, as an a4w4 kernel does.
+        scale_rule: one of :data:`shuffled_tensor.SCALE_RULES` for ``activation_dtype="mxfp4"``, by default ``"even"``.
+        out_dtype: default: the dtype of ``hidden_states``, or of ``w13`` where they are packed.
+        backend: the name of one, or None to have one chosen: :func:`shuffled_tensor.explain` says which.
+    """
 
     hidden_states: Tensor
-    w13_qdata: Tensor
-    w13_scale: Tensor
-    w2_qdata: Tensor
-    w2_scale: Tensor
+    w13: _Weight
+    w2: _Weight
     topk_weight: Tensor
     topk_ids: Tensor
-    w13_kind: str
-    w2_kind: str
-    intermediate: int
-    """I, logical: w13 has 2I rows and w2 I columns."""
-    out_dtype: str
-    """By name, ``"bfloat16"``: torch 2.10 and 2.11 hand an operator in an ahead-of-time compiled package another dtype
-    than the one exported."""
-    backend: str
-    """By name; or several in the order of preference, ``"aiter, reference"``: the first that takes the call runs it.
-    Which one that is may depend on how many tokens come, and a compiler traces with any number of them."""
-    hidden_scale: Tensor | None = None
-    activation: str = "silu"
+    _: KW_ONLY
+    activation: ActivationName = "silu"
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     expert_mask: Tensor | None = None
     doweight_stage1: bool = False
     swiglu_limit: float | None = None
-    activation_dtype: str | None = None
-    scale_rule: str | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What `out_dtype` names."""
-        return getattr(torch, self.out_dtype)  # type: ignore[no-any-return]
+    hidden_scale: Tensor | None = None
+    activation_dtype: Literal["mxfp4"] | None = None
+    scale_rule: ScaleRule | None = None
+    out_dtype: torch.dtype | None = None
+    backend: BackendName | None = None
 
     @property
     def hidden(self) -> int:
         """H, logical: the columns of w13 and the rows of w2."""
-        return self.hidden_states.shape[-1] * (1 if self.hidden_scale is None else 2)
+        return self.hidden_states.shape[-1] * (1 if self.hidden_scale is None else mxfp4.CODES.per_byte)
 
     @property
-    def w13(self) -> PackedStorage:
-        return PackedStorage(
-            self.w13_qdata,
-            self.w13_scale,
-            Geometry(2 * self.intermediate, self.hidden, gate_up=True),
-            find_layout(self.w13_kind),
-        )
-
-    @property
-    def w2(self) -> PackedStorage:
-        return PackedStorage(
-            self.w2_qdata,
-            self.w2_scale,
-            Geometry(self.hidden, self.intermediate, gate_up=False),
-            find_layout(self.w2_kind),
-        )
-
-    @property
-    def intermediate_scale_rule(self) -> str | None:
+    def intermediate_scale_rule(self) -> ScaleRule | None:
         """How what enters a GEMM is quantised: None where it stays as it comes."""
         return None if self.activation_dtype is None else self.scale_rule or "even"
 
-    def check(self) -> None:
-        """Raise ValueError or TypeError for what no backend could compute; looks at shapes, dtypes and devices only,
-        never at data."""
-        experts, hidden, intermediate = self.w13_qdata.shape[0], self.hidden, self.intermediate
-        tokens = self.hidden_states.shape[0] if self.hidden_states.dim() == 2 else None
-        if tokens is None:
-            raise ValueError(f"hidden_states must be [tokens, K], found shape {list(self.hidden_states.shape)}")
-        if self.hidden_scale is None:
-            if self.hidden_states.dtype not in _HIDDEN_DTYPES:
-                raise TypeError(
-                    f"hidden_states must be {_either(_HIDDEN_DTYPES)} (or packed uint8 with hidden_scale), found "
-                    f"{self.hidden_states.dtype}"
-                )
-        else:
-            _check_dtype("hidden_states with hidden_scale", self.hidden_states, (torch.uint8,))
-            _check_dtype("hidden_scale", self.hidden_scale, (torch.uint8,))
-            _check_shape("hidden_scale", self.hidden_scale, (tokens, hidden // mxfp4.BLOCK))
-        for name, weight in (("w13", self.w13), ("w2", self.w2)):
-            geometry = weight.geometry
-            _check_shape(f"{name}_qdata", weight.qdata, (experts, geometry.padded_rows, geometry.padded_columns // 2))
-            _check_shape(
-                f"{name}_scale", weight.scale, (experts, geometry.padded_rows, geometry.padded_columns // mxfp4.BLOCK)
-            )
-        if self.topk_ids.dim() != 2 or self.topk_ids.shape[0] != tokens:
-            raise ValueError(f"topk_ids must be [{tokens}, topk], found shape {list(self.topk_ids.shape)}")
-        _check_dtype("topk_ids", self.topk_ids, _ID_DTYPES)
-        _check_shape("topk_weight", self.topk_weight, tuple(self.topk_ids.shape))
-        if not self.topk_weight.is_floating_point():
-            raise TypeError(f"topk_weight must be floating point, found {self.topk_weight.dtype}")
-        for name, bias, width in (("w13_bias", self.w13_bias, 2 * intermediate), ("w2_bias", self.w2_bias, hidden)):
-            if bias is not None:
-                _check_shape(name, bias, (experts, width))
-                _check_dtype(name, bias, _HIDDEN_DTYPES)
-        if self.expert_mask is not None:
-            _check_dtype("expert_mask", self.expert_mask, (torch.int32,))
-            if self.expert_mask.dim() != 1 or self.expert_mask.shape[0] < experts:
-                raise ValueError(
-                    "expert_mask must be [global experts], 1 where local, found shape "
-                    f"{list(self.expert_mask.shape)} for {experts} local experts"
-                )
-        self._check_options()
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, Tensor) and tensor.device != self.w13_qdata.device:
-                raise ValueError(
-                    f"all tensors must be on the device of w13, {self.w13_qdata.device}; found {name} on "
-                    f"{tensor.device}"
-                )
+    def with_backends(self, names: str) -> MoECall[_Weight]:
+        """The call, to be taken by the first of several backends that will, ``"aiter, reference"``: which one that is
+        may depend on how many tokens come, and a compiler traces with any number of them."""
+        return replace(self, backend=names)  # type: ignore[arg-type]  # one name, for users
 
-    def _check_options(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}; known activations: {', '.join(map(repr, ACTIVATIONS))}"
+
+class PackedWeight(NamedTuple):
+    """A weight as backends get it: plain tensors, padded, and how they lie."""
+
+    qdata: Tensor
+    scale: Tensor
+    layout: Layout
+    geometry: Geometry
+
+    def storage(self) -> PackedStorage:
+        """To be read in row-major order."""
+        return PackedStorage(self.qdata, self.scale, self.geometry, self.layout)
+
+
+# --- from and to the arguments of an operator
+
+
+class _Kind(NamedTuple):
+    """What a type of argument is to an operator."""
+
+    schema: str
+    to_operator: Callable[[Any], Any] = lambda value: value
+    from_operator: Callable[[Any], Any] = lambda value: value
+
+
+_AS_THEY_ARE = {
+    Tensor: _Kind("Tensor"),
+    Tensor | None: _Kind("Tensor?"),
+    bool: _Kind("bool"),
+    float | None: _Kind("float?"),
+    ActivationName: _Kind("str"),
+    Literal["mxfp4"] | None: _Kind("str?"),
+    ScaleRule | None: _Kind("str?"),
+    BackendName | None: _Kind("str?"),
+}
+# By name: torch 2.10 and 2.11 hand an operator in an ahead-of-time compiled package another dtype than the one that
+# was exported.
+_DTYPE = _Kind(
+    "str?",
+    lambda dtype: None if dtype is None else str(dtype).removeprefix("torch."),
+    lambda name: None if name is None else getattr(torch, name),
+)
+_KINDS: dict[Any, _Kind] = {**_AS_THEY_ARE, torch.dtype | None: _DTYPE}
+
+_WEIGHT = {"qdata": "Tensor", "scale": "Tensor", "layout": "str", "rows": "int", "columns": "int"}
+"""What a weight is to the operator on plain tensors."""
+
+_FIELDS: tuple[Field[Any], ...] = fields(MoECall)
+_TYPES = get_type_hints(MoECall)
+_OPTIONS = {name: _KINDS[kind] for name, kind in _TYPES.items() if kind not in (_Weight, KW_ONLY)}
+"""All arguments but the weights."""
+
+ARGUMENTS = tuple(field.name for field in _FIELDS)
+"""The names of all arguments, in the order of the operator that takes our tensors."""
+
+
+def schema(*, packed: bool) -> str:
+    """The arguments of an operator: of the one that takes our tensors, or of the one that takes :func:`pack`'s."""
+    # Not keyword-only, because register_autograd takes no keyword-only tensors.
+    arguments = []
+    for field in _FIELDS:
+        if field.name in _OPTIONS:
+            default = "" if field.default is MISSING else f"={field.default!r}"
+            arguments.append(f"{_OPTIONS[field.name].schema} {field.name}{default}")
+        elif packed:
+            arguments += [f"{kind} {field.name}_{part}" for part, kind in _WEIGHT.items()]
+        else:
+            arguments.append(f"Tensor {field.name}")
+    return ", ".join(arguments)
+
+
+def to_operator(name: str, value: Any) -> Any:
+    """An option as both operators take it."""
+    return _OPTIONS[name].to_operator(value)
+
+
+def pack(call: MoECall[PackedWeight]) -> list[Any]:
+    """A call as the arguments of the operator on plain tensors."""
+    arguments: list[Any] = []
+    for name in ARGUMENTS:
+        value = getattr(call, name)
+        if isinstance(value, PackedWeight):
+            qdata, scale, layout, geometry = value
+            arguments += (qdata, scale, layout.name, geometry.rows, geometry.columns)
+        else:
+            arguments.append(to_operator(name, value))
+    return arguments
+
+
+def unpack(arguments: Iterable[Any], *, packed: bool) -> MoECall[Any]:
+    """The call that an operator was given; trailing arguments that have their default may be left out."""
+    given: dict[str, Any] = {}
+    rest = iter(arguments)
+    for name, value in zip(ARGUMENTS, rest, strict=False):
+        if name in _OPTIONS:
+            given[name] = _OPTIONS[name].from_operator(value)
+        elif packed:
+            scale, layout, rows, columns = islice(rest, len(_WEIGHT) - 1)
+            given[name] = PackedWeight(value, scale, find_layout(layout), Geometry(rows, columns, name == "w13"))
+        else:
+            given[name] = value
+    return MoECall(**given)
+
+
+# --- what no backend could compute
+
+
+def check(call: MoECall[PackedWeight]) -> None:
+    """Look at shapes, dtypes and devices, never at data.
+
+    Raises:
+        TypeError, ValueError: what no backend could compute.
+    """
+    experts, hidden, intermediate = call.w13.qdata.shape[0], call.hidden, call.w2.geometry.columns
+    tokens = call.hidden_states.shape[0] if call.hidden_states.dim() == 2 else None
+    if tokens is None:
+        raise ValueError(f"hidden_states must be [tokens, K], found shape {list(call.hidden_states.shape)}")
+    if call.hidden_scale is None:
+        if call.hidden_states.dtype not in _HIDDEN_DTYPES:
+            raise TypeError(
+                f"hidden_states must be {_either(_HIDDEN_DTYPES)} (or packed uint8 with hidden_scale), found "
+                f"{call.hidden_states.dtype}"
             )
-        if self.activation_dtype not in (None, "mxfp4"):
+    else:
+        _check_dtype("hidden_states with hidden_scale", call.hidden_states, (torch.uint8,))
+        _check_dtype("hidden_scale", call.hidden_scale, (torch.uint8,))
+        _check_shape("hidden_scale", call.hidden_scale, (tokens, hidden // mxfp4.BLOCK))
+    for name, weight, sizes in (("w13", call.w13, (2 * intermediate, hidden)), ("w2", call.w2, (hidden, intermediate))):
+        if weight.geometry[:2] != sizes:
+            raise ValueError(f"{name} must have {sizes[0]} rows and {sizes[1]} columns, found {weight.geometry[:2]}")
+        for part, data in zip(PARTS, weight[:2], strict=True):
+            _check_shape(f"{name}_{part}", data, (experts, *weight.geometry.padded_shape(part)))
+    if call.topk_ids.dim() != 2 or call.topk_ids.shape[0] != tokens:
+        raise ValueError(f"topk_ids must be [{tokens}, topk], found shape {list(call.topk_ids.shape)}")
+    _check_dtype("topk_ids", call.topk_ids, _ID_DTYPES)
+    _check_shape("topk_weight", call.topk_weight, tuple(call.topk_ids.shape))
+    if not call.topk_weight.is_floating_point():
+        raise TypeError(f"topk_weight must be floating point, found {call.topk_weight.dtype}")
+    for name, bias, width in (("w13_bias", call.w13_bias, 2 * intermediate), ("w2_bias", call.w2_bias, hidden)):
+        if bias is not None:
+            _check_shape(name, bias, (experts, width))
+            _check_dtype(name, bias, _HIDDEN_DTYPES)
+    if call.expert_mask is not None:
+        _check_dtype("expert_mask", call.expert_mask, (torch.int32,))
+        if call.expert_mask.dim() != 1 or call.expert_mask.shape[0] < experts:
             raise ValueError(
-                f"activation_dtype must be None (activations as they come) or 'mxfp4', found {self.activation_dtype!r}"
+                "expert_mask must be [global experts], 1 where local, found shape "
+                f"{list(call.expert_mask.shape)} for {experts} local experts"
             )
-        if self.scale_rule is not None:
-            if self.scale_rule not in mxfp4.SCALE_RULES:
-                raise ValueError(
-                    f"unknown scale_rule {self.scale_rule!r}; known rules: {', '.join(map(repr, mxfp4.SCALE_RULES))}"
-                )
-            if self.activation_dtype is None:
-                raise ValueError(
-                    f"scale_rule={self.scale_rule!r} quantises activations, so it needs activation_dtype='mxfp4'"
-                )
-        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
+    _check_options(call)
+    _check_devices(call)
+
+
+def _check_options(call: MoECall[PackedWeight]) -> None:
+    if call.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {call.activation!r}; known activations: {', '.join(map(repr, ACTIVATIONS))}"
+        )
+    if call.activation_dtype not in (None, "mxfp4"):
+        raise ValueError(
+            f"activation_dtype must be None (activations as they come) or 'mxfp4', found {call.activation_dtype!r}"
+        )
+    if call.scale_rule is not None:
+        if call.scale_rule not in mxfp4.SCALE_RULES:
             raise ValueError(
-                f"swiglu_limit must be positive, or None for the activation's own, found {self.swiglu_limit}"
+                f"unknown scale_rule {call.scale_rule!r}; known rules: {', '.join(map(repr, mxfp4.SCALE_RULES))}"
             )
-        if self.dtype not in _HIDDEN_DTYPES:
-            raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {self.dtype}")
+        if call.activation_dtype is None:
+            raise ValueError(
+                f"scale_rule={call.scale_rule!r} quantises activations, so it needs activation_dtype='mxfp4'"
+            )
+    if call.swiglu_limit is not None and not call.swiglu_limit > 0:
+        raise ValueError(f"swiglu_limit must be positive, or None for the activation's own, found {call.swiglu_limit}")
+    if call.out_dtype not in _HIDDEN_DTYPES:
+        raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {call.out_dtype}")
+
+
+def _check_devices(call: MoECall[PackedWeight]) -> None:
+    device = call.w13.qdata.device
+    for name, value in vars(call).items():
+        tensors = value[:2] if isinstance(value, PackedWeight) else (value,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                raise ValueError(f"all tensors must be on the device of w13, {device}; found {name} on {tensor.device}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

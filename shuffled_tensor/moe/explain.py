@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from shuffled_tensor import backends
-from shuffled_tensor.backends import aiter
 from shuffled_tensor.device import arch
-from shuffled_tensor.moe.call import MoECall
-from shuffled_tensor.moe.op import fused_moe, plan
+from shuffled_tensor.moe.call import MoECall, check
+from shuffled_tensor.moe.op import check_layouts, layouts_in_use, plan
+from shuffled_tensor.tensor import policy
 
 __all__ = ["Explanation", "explain"]
 
@@ -21,16 +19,16 @@ class Explanation:
     """What a call of :func:`shuffled_tensor.fused_moe` would do."""
 
     arch: str
-    aiter: str
-    """The aiter that is installed and its version, or why none can be used."""
+    installed: dict[str, str]
+    """What is installed of each backend that this machine may lack, or why it cannot be used on this device."""
     backend: str
     layout: str | None
-    """The layout that the backend reads; None where it reads any."""
+    """The one that the backend reads; None where it reads any."""
     shuffles: dict[str, str]
-    """What w13 and w2 would be laid out anew as. On the GPU that aiter is for, the first use does that whoever
-    computes."""
+    """The layouts that w13 and w2 would be brought into. On a GPU that a backend is for, the first use does that
+    whoever computes."""
     tags: dict[str, Any]
-    """Attributes that w13 would carry, and the gate mode it would be passed with."""
+    """What the backend tells its kernels of w13's layout."""
     activations: str
     passed_over: dict[str, str]
     """The backends that would have been preferred, and why they do not take the call."""
@@ -39,7 +37,7 @@ class Explanation:
         shuffles = (f"{name} to {layout}" for name, layout in self.shuffles.items())
         lines = [
             f"architecture  {self.arch}",
-            f"aiter         {self.aiter}",
+            *(f"{name:14}{found}" for name, found in self.installed.items()),
             f"backend       {self.backend}",
             f"layout        {self.layout or 'any'}",
             f"shuffles      {', '.join(shuffles) or 'nothing'}",
@@ -56,39 +54,25 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     Raises:
         TypeError, ValueError: what the call itself would raise.
     """
-    bound = inspect.signature(fused_moe).bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    leading = ("hidden_states", "w13", "w2", "topk_weight", "topk_ids", "out_dtype", "backend", "hidden_scale")
-    fields = list(MoECall.__dataclass_fields__)
-    options = fields[fields.index("hidden_scale") + 1 :]
-    call, choice = plan(*(given[name] for name in (*leading, *options)))
-    call.check()
-    weights = {"w13": given["w13"], "w2": given["w2"]}
-    storages = [weight._storage for weight in weights.values()]
-    if choice.kind is not None:
-        for storage in storages:
-            storage.check_usable_as(choice.kind)
-    kinds = backends.kinds_in_use(choice, *storages)
-    shuffles = {
-        name: layout.name
-        for name, layout, storage in zip(weights, kinds, storages, strict=True)
-        if layout is not None and layout is not storage.layout
-    }
-    device = call.w13_qdata.device
-    tags: dict[str, Any] = {}
-    activations = "as they come" if call.activation_dtype is None else f"mxfp4, {call.intermediate_scale_rule}"
-    if choice.backend == "aiter":
-        version = aiter.detect().version
-        tags = {"is_shuffled": True, **version.w13_tags, "gate_mode": version.gate_mode}
-        activations = f"mxfp4, {version.scale_rule}"
+    given: MoECall[Any] = MoECall(*args, **kwargs)
+    call, choice = plan(given)
+    check(call)
+    storages = {name: getattr(given, name)._storage for name in ("w13", "w2")}
+    check_layouts(choice, *storages.values())
+    layouts = zip(storages.items(), layouts_in_use(choice, *storages.values()), strict=True)
+    device = call.w13.qdata.device
+    description = choice.describe(call)
     return Explanation(
         arch=arch(device),
-        aiter=aiter.installed(),
+        installed=policy.current.installed(device),
         backend=choice.backend,
-        layout=None if choice.kind is None else choice.kind.name,
-        shuffles=shuffles,
-        tags=tags,
-        activations=activations,
+        layout=None if choice.layout is None else choice.layout.name,
+        shuffles={
+            name: layout.name
+            for (name, storage), layout in layouts
+            if layout is not None and layout is not storage.layout
+        },
+        tags=description.tags,
+        activations=description.activations,
         passed_over=choice.passed_over,
     )

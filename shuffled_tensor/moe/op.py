@@ -1,85 +1,95 @@
 # SPDX-License-Identifier: MIT
 """The two operators: ``shuffled_tensor::fused_moe`` takes our tensors and is what users and traced modules call;
-dispatch lowers it to ``shuffled_tensor::fused_moe_packed``, which takes plain tensors and their kinds as arguments, so
-that no compiler can lose them.
+dispatch lowers it to ``shuffled_tensor::fused_moe_packed``, which takes plain tensors and their layouts as arguments,
+so that no compiler can lose them.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, ParamSpec
 
 import torch
 from torch import Tensor
 
-from shuffled_tensor import backends
-from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.layouts import Layout
+from shuffled_tensor.moe.call import ARGUMENTS, MoECall, PackedWeight, check, pack, schema, to_operator, unpack
+from shuffled_tensor.tensor import policy
+from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["fused_moe"]
+__all__ = ["Choice", "Description", "check_layouts", "fused_moe", "install", "layouts_in_use", "plan"]
 
-# Not keyword-only, because register_autograd takes no keyword-only tensors. Both schemas end in the same options, which
-# lowering hands on untouched.
-_OPTIONS = (
-    "Tensor? hidden_scale=None, str activation='silu', Tensor? w13_bias=None, Tensor? w2_bias=None, "
-    "Tensor? expert_mask=None, bool doweight_stage1=False, float? swiglu_limit=None, "
-    "str? activation_dtype=None, str? scale_rule=None"
-)
+_P = ParamSpec("_P")
 
 _LIBRARY = torch.library.Library("shuffled_tensor", "DEF")
-_LIBRARY.define(
-    "fused_moe(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weight, Tensor topk_ids, "
-    f"ScalarType? out_dtype=None, str? backend=None, {_OPTIONS}) -> Tensor"
-)
-_LIBRARY.define(
-    "fused_moe_packed(Tensor hidden_states, Tensor w13_qdata, Tensor w13_scale, Tensor w2_qdata, Tensor w2_scale, "
-    "Tensor topk_weight, Tensor topk_ids, str w13_kind, str w2_kind, int intermediate, str out_dtype, "
-    f"str backend, {_OPTIONS}) -> Tensor"
-)
+_LIBRARY.define(f"fused_moe({schema(packed=False)}) -> Tensor")
+_LIBRARY.define(f"fused_moe_packed({schema(packed=True)}) -> Tensor")
 
 
+class Description(NamedTuple):
+    """How a backend would run a call."""
+
+    activations: str
+    """What its kernels make of what enters a GEMM."""
+    tags: dict[str, Any]
+    """What it tells its kernels of the weights' layout."""
+
+
+class Choice(NamedTuple):
+    """Who takes a call."""
+
+    backend: str
+    layout: Layout | None
+    """The one that both weights must have; None where any will do."""
+    passed_over: dict[str, str]
+    """Why each preferred backend does not take the call."""
+    candidates: str
+    """This backend, and those that would take the call if it were refused after all: see
+    :meth:`MoECall.with_backends`."""
+    run: Callable[[MoECall[PackedWeight]], Tensor]
+    describe: Callable[[MoECall[PackedWeight]], Description]
+    warn: Callable[[], None]
+    """Log, once a reason, that a backend is passed over on the GPU that it is for."""
+
+
+Select = Callable[[MoECall[PackedWeight], str | None], Choice]
+"""The first backend that takes a call, of all or of those named (``"aiter, reference"``).
+
+Raises ValueError where the caller asked for one that does not exist, or that refuses this call.
+"""
+
+_select: Select
+
+
+def install(select: Select) -> None:
+    """Have backends chosen by this function from now on."""
+    global _select
+    _select = select
+
+
+def _signed_as(call: Callable[_P, MoECall[Any]]) -> Callable[[Callable[..., Tensor]], Callable[_P, Tensor]]:
+    """Give a function the parameters of a call, and their documentation in place of ``{arguments}``."""
+
+    def sign(function: Callable[..., Tensor]) -> Callable[_P, Tensor]:
+        function.__signature__ = inspect.signature(call).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
+        arguments = inspect.getdoc(call).partition("Args:\n")[2]  # type: ignore[union-attr]
+        function.__doc__ = str(inspect.getdoc(function)).replace("{arguments}", arguments.strip("\n"))
+        return function
+
+    return sign
+
+
+@_signed_as(MoECall)
 def fused_moe(
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weight: Tensor,
-    topk_ids: Tensor,
-    *,
-    activation: str = "silu",
-    w13_bias: Tensor | None = None,
-    w2_bias: Tensor | None = None,
-    expert_mask: Tensor | None = None,
-    doweight_stage1: bool = False,
-    swiglu_limit: float | None = None,
-    hidden_scale: Tensor | None = None,
-    activation_dtype: str | None = None,
-    scale_rule: str | None = None,
-    out_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    hidden_states: Tensor, w13: Tensor, w2: Tensor, topk_weight: Tensor, topk_ids: Tensor, **options: Any
 ) -> Tensor:
     """A mixture-of-experts layer: ``sum over slots of topk_weight * (activation(gate) * up) @ w2.T``, with ``gate, up =
     hidden_states @ w13.T``.
 
     Args:
-        hidden_states: bfloat16, float16 or float32 ``[tokens, K]``; with ``hidden_scale``, packed MXFP4: uint8
-            ``[tokens, K/2]``.
-        w13: :class:`ShuffledMXFP4Tensor` ``[E, 2I, K]`` made with ``gate_up=True``.
-        w2: :class:`ShuffledMXFP4Tensor` ``[E, K, I]``.
-        topk_weight: floating point ``[tokens, topk]``, applied to the second GEMM's output.
-        topk_ids: int32 or int64 ``[tokens, topk]``, the experts of each token.
-        activation: ``"silu"`` or ``"gelu"`` of the gate times up, or ``"swiglu"``, gpt-oss's ``gate * sigmoid(1.702 *
-            gate) * (up + 1)``.
-        w13_bias, w2_bias: floating point ``[E, 2I]`` (gate, then up) and ``[E, K]``.
-        expert_mask: int32 ``[global experts]``, 1 where the expert is local; ``topk_ids`` are then global, and other
-            ranks' experts add nothing.
-        doweight_stage1: apply ``topk_weight`` to the first GEMM's output, before its bias, instead.
-        swiglu_limit: clamps the gate to at most, and up to plus and minus, this; None is 7 for ``"swiglu"`` and no
-            limit for the others.
-        hidden_scale: uint8 e8m0 ``[tokens, K/32]``: the hidden states are MXFP4 already, and taken as they are.
-        activation_dtype: None computes on activations as they come; ``"mxfp4"`` rounds what enters each GEMM to MXFP4
-            first, as an a4w4 kernel does.
-        scale_rule: one of :data:`shuffled_tensor.SCALE_RULES` for ``activation_dtype="mxfp4"``, by default ``"even"``.
-        out_dtype: default: the dtype of ``hidden_states``, or of ``w13`` where they are packed.
-        backend: ``"aiter"``, ``"reference"``, or None to have one chosen: :func:`shuffled_tensor.explain` says which.
+    {arguments}
 
     Returns:
         ``[tokens, K]``. There is no gradient.
@@ -88,99 +98,72 @@ def fused_moe(
         TypeError, ValueError: arguments that do not fit each other or are not known; the message says what was found
             and what is accepted.
     """
+    for name in options:
+        if name not in ARGUMENTS:
+            raise TypeError(f"fused_moe() got an unexpected keyword argument {name!r}")
+    given = {name: to_operator(name, value) for name, value in options.items()}
     return torch.ops.shuffled_tensor.fused_moe.default(  # type: ignore[no-any-return]
-        hidden_states,
-        w13,
-        w2,
-        topk_weight,
-        topk_ids,
-        out_dtype,
-        backend,
-        hidden_scale,
-        activation,
-        w13_bias,
-        w2_bias,
-        expert_mask,
-        doweight_stage1,
-        swiglu_limit,
-        activation_dtype,
-        scale_rule,
+        hidden_states, w13, w2, topk_weight, topk_ids, **given
     )
 
 
 @ShuffledMXFP4Tensor.operations.implements(torch.ops.shuffled_tensor.fused_moe.default)
-def _lower(
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weight: Tensor,
-    topk_ids: Tensor,
-    out_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-    hidden_scale: Tensor | None = None,
-    *options: Any,
-) -> Tensor:
+def _lower(*arguments: Any) -> Tensor:
     """A layer of experts, computed from the packed bytes by the backend that :func:`shuffled_tensor.explain` names."""
-    arguments = (hidden_states, w13, w2, topk_weight, topk_ids, out_dtype, backend, hidden_scale, *options)
-    call, choice = plan(*arguments)
-    storages = [weight._storage for weight in (w13, w2) if isinstance(weight, ShuffledMXFP4Tensor)]
-    kinds = backends.kinds_in_use(choice, *storages)
-    if any(kind not in (None, storage.layout) for kind, storage in zip(kinds, storages, strict=True)):
-        call.check()  # and the kinds, before anything is changed
-        for storage in storages:
-            if choice.kind is not None:
-                storage.check_usable_as(choice.kind)
-        for storage, kind in zip(storages, kinds, strict=True):
-            if kind is not None:
-                storage.convert_layout_(kind)
-        call, choice = plan(*arguments)
-    backends.warn_when_passed_over(choice, w13.device)
-    return torch.ops.shuffled_tensor.fused_moe_packed(*vars(call).values())  # type: ignore[no-any-return]
+    given = unpack(arguments, packed=False)
+    call, choice = plan(given)
+    storages = [weight._storage for weight in (given.w13, given.w2)]
+    wanted = layouts_in_use(choice, *storages)
+    if any(layout not in (None, storage.layout) for layout, storage in zip(wanted, storages, strict=True)):
+        check(call)  # and the layouts, before anything is changed
+        check_layouts(choice, *storages)
+        for storage, layout in zip(storages, wanted, strict=True):
+            if layout is not None:
+                storage.convert_layout_(layout)
+        call, choice = plan(given)
+    choice.warn()
+    return torch.ops.shuffled_tensor.fused_moe_packed(*pack(call.with_backends(choice.candidates)))  # type: ignore[no-any-return]
 
 
-def plan(
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weight: Tensor,
-    topk_ids: Tensor,
-    out_dtype: torch.dtype | None,
-    backend: str | None,
-    hidden_scale: Tensor | None,
-    *options: Any,
-) -> tuple[MoECall, backends.Choice]:
+def plan(given: MoECall[Tensor]) -> tuple[MoECall[PackedWeight], Choice]:
     """The call as it would be made, and who would take it; nothing is changed or run.
 
     Raises:
         TypeError, ValueError: as for :func:`fused_moe`.
     """
-    w13, w2 = _check_weights(w13, w2)
-    w13._storage.check_readable()
-    w2._storage.check_readable()
-    columns = w13.shape[2] if hidden_scale is None else w13.shape[2] // 2
-    if hidden_states.dim() != 2 or hidden_states.shape[1] != columns:
-        raise ValueError(f"hidden_states must be [tokens, {columns}] for this w13, found {list(hidden_states.shape)}")
-    if out_dtype is None:
-        out_dtype = hidden_states.dtype if hidden_scale is None else w13.dtype
-    call = MoECall(
-        hidden_states,
-        w13.qdata,
-        w13.scale,
-        w2.qdata,
-        w2.scale,
-        topk_weight,
-        topk_ids,
-        w13._storage.layout.name,
-        w2._storage.layout.name,
-        w2.shape[2],
-        str(out_dtype).removeprefix("torch."),
-        "",
-        hidden_scale,
-        *options,
-    )
-    choice = backends.select(call, backend)
-    call.backend = choice.candidates
-    return call, choice
+    w13, w2 = _check_weights(given.w13, given.w2)
+    columns = w13.shape[2] if given.hidden_scale is None else w13.shape[2] // 2
+    if given.hidden_states.dim() != 2 or given.hidden_states.shape[1] != columns:
+        found = list(given.hidden_states.shape)
+        raise ValueError(f"hidden_states must be [tokens, {columns}] for this w13, found {found}")
+    out_dtype = given.out_dtype or (given.hidden_states.dtype if given.hidden_scale is None else w13.dtype)
+    lowered = {"w13": _packed_weight(w13), "w2": _packed_weight(w2), "out_dtype": out_dtype, "backend": None}
+    call: MoECall[PackedWeight] = MoECall(**(vars(given) | lowered))
+    return call, _select(call, given.backend)
+
+
+def layouts_in_use(choice: Choice, *storages: PackedStorage) -> list[Layout | None]:
+    """The layout that each weight of a call is brought into by it; None where it stays as it is.
+
+    This is a first use whoever computes, so that no later one changes the layout under a call that is running.
+    """
+    return [
+        choice.layout or policy.current.layout_at_first_use(storage.qdata.device, storage.requested_layout)
+        for storage in storages
+    ]
+
+
+def check_layouts(choice: Choice, *storages: PackedStorage) -> None:
+    """Raise ValueError where a weight was made for another layout than the one that it would be brought into."""
+    if choice.layout is not None:
+        for storage in storages:
+            storage.check_usable_as(choice.layout)
+
+
+def _packed_weight(weight: ShuffledMXFP4Tensor) -> PackedWeight:
+    storage = weight._storage
+    storage.check_readable()
+    return PackedWeight(weight.qdata, weight.scale, storage.layout, storage.geometry)
 
 
 def _check_weights(w13: Tensor, w2: Tensor) -> tuple[ShuffledMXFP4Tensor, ShuffledMXFP4Tensor]:
@@ -214,17 +197,17 @@ def _plain(hidden_states: Tensor, w13: Tensor, w2: Tensor, *args: Any) -> NoRetu
 
 
 def _packed(*args: Any) -> Tensor:
-    call = MoECall(*args)
-    call.check()
-    choice = backends.select(call, call.backend)
-    backends.warn_when_passed_over(choice, call.w13_qdata.device)
-    return backends.BACKENDS[choice.backend].run(call)
+    call = unpack(args, packed=True)
+    check(call)
+    choice = _select(call, call.backend)
+    choice.warn()
+    return choice.run(call)
 
 
 def _packed_fake(*args: Any) -> Tensor:
-    call = MoECall(*args)
-    call.check()
-    return call.hidden_states.new_empty(call.hidden_states.shape[0], call.hidden, dtype=call.dtype)
+    call = unpack(args, packed=True)
+    check(call)
+    return call.hidden_states.new_empty(call.hidden_states.shape[0], call.hidden, dtype=call.out_dtype)
 
 
 def _no_gradient(*args: Any) -> NoReturn:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.mxfp4 import CODES, SCALES
+from shuffled_tensor.tensor.geometry import RowOrder
 
 __all__ = ["check_logical_dtype", "check_parts", "check_row_order"]
 
 _LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_ROW_ORDERS = ("contiguous", "interleaved")
+_ROW_ORDERS = get_args(RowOrder)
 
 
 def check_parts(qdata: Tensor, scale: Tensor) -> None:
@@ -43,7 +46,7 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
         raise ValueError(f"qdata and scale must be on one device, found {qdata.device} and {scale.device}")
 
 
-def check_row_order(gate_up: bool, row_order: str | None, rows: int) -> None:
+def check_row_order(gate_up: bool, row_order: RowOrder | None, rows: int) -> None:
     if gate_up:
         if row_order not in _ROW_ORDERS:
             raise ValueError(

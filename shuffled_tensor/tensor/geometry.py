@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from shuffled_tensor.layouts import round_up
 from shuffled_tensor.mxfp4 import Part
 
-__all__ = ["PADDING", "Geometry", "Window", "slice_of"]
+__all__ = ["PADDING", "Geometry", "RowOrder", "ShardDim", "Window", "slice_of"]
+
+RowOrder = Literal["contiguous", "interleaved"]
+"""How the rows of a gate-up weight come: all gate rows, then all up rows; or g0, u0, g1, u1, ..."""
+
+ShardDim = Literal["expert", "intermediate"]
+"""What a weight is parted along: experts, or the dimension between the two GEMMs."""
 
 PADDING = 256
 """Rows (of each gate and up half) and columns are padded to multiples of this, so that the w13 and w2 of one layer

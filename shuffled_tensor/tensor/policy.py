@@ -41,6 +41,10 @@ class Policy:
         """
         return None
 
+    def installed(self, device: torch.device) -> dict[str, str]:
+        """What is installed of each backend that a machine may lack, or why it cannot be used."""
+        return {}
+
     def fingerprint(self, device: torch.device) -> str:
         """What the choice of a backend depends on beside the call: compiled code made under another one is not
         reused."""

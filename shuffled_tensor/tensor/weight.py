@@ -13,11 +13,11 @@ from torch import Tensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout
-from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.tensor.geometry import slice_of
+from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, slice_of
 from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.storage import PackedStorage
@@ -62,7 +62,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         scale: Tensor,
         *,
         gate_up: bool,
-        row_order: str | None = None,
+        row_order: RowOrder | None = None,
         shuffle_kind: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> ShuffledMXFP4Tensor:
@@ -90,9 +90,9 @@ class ShuffledMXFP4Tensor(Wrapper):
         weight: Tensor,
         *,
         gate_up: bool,
-        row_order: str | None = None,
+        row_order: RowOrder | None = None,
         shuffle_kind: str | None = None,
-        scale_rule: str = "even",
+        scale_rule: ScaleRule = "even",
     ) -> ShuffledMXFP4Tensor:
         """Quantise a high-precision weight ``[E, N, K]`` (or ``[N, K]``), whose dtype becomes the logical dtype.
 
@@ -203,7 +203,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         row-major."""
         return PartView.make(self._storage, self._window, self.dim(), SCALES)
 
-    def refit_from_hp_(self, weight: Tensor, *, scale_rule: str = "even") -> ShuffledMXFP4Tensor:
+    def refit_from_hp_(self, weight: Tensor, *, scale_rule: ScaleRule = "even") -> ShuffledMXFP4Tensor:
         """Quantise high-precision values of this shape over the present ones, in place and in the present layout.
 
         Raises:
@@ -247,7 +247,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         self._storage.assume(find_layout(shuffle_kind))
         return self
 
-    def shard(self, rank: int, world_size: int, *, dim: str = "intermediate") -> ShuffledMXFP4Tensor:
+    def shard(self, rank: int, world_size: int, *, dim: ShardDim = "intermediate") -> ShuffledMXFP4Tensor:
         """A copy of one rank's part, in the same layout.
 
         Args:

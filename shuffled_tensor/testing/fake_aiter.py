@@ -88,7 +88,7 @@ class FakeVersion:
     """Names in aiter.fused_moe by which it is known, and the value of a constant; None is a function."""
     hip: bool
     """Whether it has the HIP operator of its first kernels."""
-    scale_rule: str
+    scale_rule: mxfp4.ScaleRule
     """By which its kernels quantise activations."""
     gate_mode: str
     """Under which a shape may have a tuned kernel."""
@@ -307,7 +307,7 @@ def _same(tag: Any, value: str | bool | None) -> bool:
     return type(tag) is type(value) and bool(tag == value)
 
 
-def _round_trip(values: Tensor, rule: str) -> Tensor:
+def _round_trip(values: Tensor, rule: mxfp4.ScaleRule) -> Tensor:
     return mxfp4.dequantize(*mxfp4.quantize(values, scale_rule=rule))
 
 

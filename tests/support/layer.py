@@ -42,6 +42,17 @@ def make_layer(device: str = "cpu", tokens: int = 5, kind: str | None = None) ->
     }
 
 
+def packed_arguments(layer: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of shuffled_tensor::fused_moe_packed, from those of fused_moe."""
+    packed = {name: value for name, value in layer.items() if name not in ("w13", "w2")}
+    for name in ("w13", "w2"):
+        weight = layer[name]
+        packed |= {f"{name}_qdata": weight.qdata, f"{name}_scale": weight.scale}
+        packed |= {f"{name}_rows": weight.shape[1], f"{name}_columns": weight.shape[2]}
+        packed[f"{name}_layout"] = weight.shuffle_kind if weight.is_shuffled else "none"
+    return packed
+
+
 class MoE(nn.Module):
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()

@@ -1,28 +1,49 @@
 # SPDX-License-Identifier: MIT
 """AMD's aiter: which one is installed, and how it is called."""
 
-from shuffled_tensor.backends.aiter.call import kernel_operands, kind, refuse, run, tagged_weight
-from shuffled_tensor.backends.aiter.versions import (
-    ARCH,
-    VERSIONS,
-    Unusable,
-    detect,
-    forget,
-    installed,
-    unusable,
-)
+from __future__ import annotations
 
-__all__ = [
-    "ARCH",
-    "VERSIONS",
-    "Unusable",
-    "detect",
-    "forget",
-    "installed",
-    "kernel_operands",
-    "kind",
-    "refuse",
-    "run",
-    "tagged_weight",
-    "unusable",
-]
+import torch
+from torch import Tensor
+
+from shuffled_tensor.backends.aiter import call as _call
+from shuffled_tensor.backends.aiter import versions
+from shuffled_tensor.backends.base import Backend
+from shuffled_tensor.layouts import Layout
+from shuffled_tensor.moe.call import MoECall, PackedWeight
+from shuffled_tensor.moe.op import Description
+from shuffled_tensor.tensor.policy import KernelOperands
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
+
+__all__ = ["Aiter"]
+
+
+class Aiter(Backend):
+    """Its HIP kernels for gfx950, of whatever version is installed."""
+
+    name = "aiter"
+    arch = versions.ARCH
+    remedy = "install or repair aiter (https://github.com/ROCm/aiter, distribution amd-aiter)"
+
+    def available(self, device: torch.device) -> str | None:
+        return versions.unusable(device)
+
+    def layouts(self, device: torch.device) -> tuple[Layout, ...]:
+        return (versions.detect().version.layout,)
+
+    def refuse(self, call: MoECall[PackedWeight]) -> str | None:
+        return _call.refuse(call)
+
+    def run(self, call: MoECall[PackedWeight]) -> Tensor:
+        return _call.run(call)
+
+    def describe(self, call: MoECall[PackedWeight]) -> Description:
+        version = versions.detect().version
+        tags = {"is_shuffled": True, **version.w13_tags, "gate_mode": version.gate_mode}
+        return Description(f"mxfp4, {version.scale_rule}", tags)
+
+    def fingerprint(self) -> str:
+        return versions.installed()
+
+    def kernel_operands(self, weight: ShuffledMXFP4Tensor) -> KernelOperands:
+        return _call.kernel_operands(weight)

@@ -9,23 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shuffled_tensor.backends.aiter.versions import Installed, detect, unusable
-from shuffled_tensor.layouts import Layout
-from shuffled_tensor.moe.call import MoECall
+from shuffled_tensor.backends.aiter.versions import Installed, detect
+from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 
-def kind(device: torch.device) -> Layout | None:
-    """The layout that weights on this device must have for aiter; None where aiter is not what runs them."""
-    return None if unusable(device) else detect().version.layout
-
-
-def refuse(call: MoECall) -> str | None:
+def refuse(call: MoECall[PackedWeight]) -> str | None:
     """Why the kernels behind aiter would ignore or miscompute something in this call, or None."""
-    reason = unusable(call.w13_qdata.device)
-    if reason is not None:
-        return reason
     installed = detect()
     rule = installed.version.scale_rule
     if call.activation != "silu":
@@ -45,17 +36,17 @@ def refuse(call: MoECall) -> str | None:
         return "hidden_scale would be ignored"
     if call.hidden_states.dtype is not torch.bfloat16:
         return f"hidden_states are {call.hidden_states.dtype}, not bfloat16"
-    if call.dtype is not torch.bfloat16:
-        return f"out_dtype is {call.dtype}, not bfloat16"
+    if call.out_dtype is not torch.bfloat16:
+        return f"out_dtype is {call.out_dtype}, not bfloat16"
     if call.scale_rule not in (None, rule):
         return f"its kernels quantise by {rule!r}, not scale_rule={call.scale_rule!r}"
-    for name, qdata in (("w13", call.w13_qdata), ("w2", call.w2_qdata)):
+    for name, qdata in (("w13", call.w13.qdata), ("w2", call.w2.qdata)):
         if not qdata.is_contiguous():
             return f"the experts of {name} are not contiguous in memory; .clone() them"
     return _untuned(call, installed)
 
 
-def _untuned(call: MoECall, installed: Installed) -> str | None:
+def _untuned(call: MoECall[PackedWeight], installed: Installed) -> str | None:
     """Where only tuned shapes have kernels that read the version's layout, the others would be wrong without a
     word."""
     version, tokens = installed.version, call.hidden_states.shape[0]
@@ -63,7 +54,7 @@ def _untuned(call: MoECall, installed: Installed) -> str | None:
         return None
     module, fused_moe = installed.probed.module, installed.probed.fused_moe
     w13, w2 = call.w13.geometry, call.w2.geometry
-    experts, topk, padded = len(call.w13_qdata), call.topk_ids.shape[1], fused_moe.get_padded_M(tokens)
+    experts, topk, padded = len(call.w13.qdata), call.topk_ids.shape[1], fused_moe.get_padded_M(tokens)
     found = fused_moe.get_2stage_cfgs(
         padded,
         w2.padded_rows,
@@ -105,7 +96,7 @@ def tagged_weight(qdata: Tensor, *, gate_up: bool, intermediate: int) -> Tensor:
     return weight
 
 
-def run(call: MoECall) -> Tensor:
+def run(call: MoECall[PackedWeight]) -> Tensor:
     """Call ``aiter.fused_moe.fused_moe`` with what :func:`refuse` does not refuse.
 
     Raises:
@@ -113,9 +104,11 @@ def run(call: MoECall) -> Tensor:
     """
     installed = detect()
     version, probed = installed.version, installed.probed
-    for name, found in (("w13", call.w13_kind), ("w2", call.w2_kind)):
-        if found != version.layout.name:
-            raise ValueError(f"aiter {version.name} reads {version.layout.name!r}, but {name} is laid out as {found!r}")
+    for name, found in (("w13", call.w13.layout), ("w2", call.w2.layout)):
+        if found is not version.layout:
+            raise ValueError(
+                f"aiter {version.name} reads {version.layout.name!r}, but {name} is laid out as {found.name!r}"
+            )
     w13, w2 = call.w13.geometry, call.w2.geometry
     if not len(call.hidden_states):  # as for a rank without requests; no version says that it takes an empty launch
         return call.hidden_states.new_empty(0, w2.rows)
@@ -125,14 +118,14 @@ def run(call: MoECall) -> Tensor:
         arguments["is_shuffled"] = True
     out: Tensor = probed.fused_moe.fused_moe(
         hidden_states=F.pad(call.hidden_states, (0, w13.padded_columns - w13.columns)).contiguous(),
-        w1=tagged_weight(call.w13_qdata, gate_up=True, intermediate=call.intermediate),
-        w2=tagged_weight(call.w2_qdata, gate_up=False, intermediate=call.intermediate),
+        w1=tagged_weight(call.w13.qdata, gate_up=True, intermediate=w2.columns),
+        w2=tagged_weight(call.w2.qdata, gate_up=False, intermediate=w2.columns),
         topk_weight=call.topk_weight.float().contiguous(),
         topk_ids=call.topk_ids.int().contiguous(),
         activation=probed.module.ActivationType.Silu,
         quant_type=probed.module.QuantType.per_1x32,
-        w1_scale=call.w13_scale,
-        w2_scale=call.w2_scale,
+        w1_scale=call.w13.scale,
+        w2_scale=call.w2.scale,
         hidden_pad=hidden_pad,
         intermediate_pad=intermediate_pad,
         **arguments,
@@ -142,9 +135,6 @@ def run(call: MoECall) -> Tensor:
 
 def kernel_operands(weight: ShuffledMXFP4Tensor) -> KernelOperands:
     """A weight as aiter takes it."""
-    reason = unusable(weight.device)
-    if reason is not None:
-        raise RuntimeError(f"as_kernel_operands() lays bytes out for aiter: {reason}")
     if not weight.qdata.is_contiguous():
         raise ValueError("these experts are not contiguous in memory; clone() them first")
     version, storage = detect().version, weight._storage

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from shuffled_tensor.backends import aiter
+from shuffled_tensor.backends.aiter import versions
 from shuffled_tensor.moe.op import fused_moe
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -64,7 +64,7 @@ def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
         if scale is not None and not _same_bytes(scale, weight.scale):
             raise ValueError(f"{name}_scale must be None or {name}.scale itself: {name} carries its own")
 
-    installed = aiter.detect()
+    installed = versions.detect()
     version, enums = installed.version, installed.probed.module
     quant_type = given.pop("quant_type")
     if quant_type != int(enums.QuantType.per_1x32.value):

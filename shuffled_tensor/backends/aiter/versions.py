@@ -23,6 +23,7 @@ import torch
 
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import LAYOUTS, Layout
+from shuffled_tensor.mxfp4 import ScaleRule
 
 ARCH = "gfx950"
 
@@ -38,7 +39,7 @@ class Version:
     probe: Callable[[Probed], bool]
     layout: Layout
     gate_mode: str
-    scale_rule: str
+    scale_rule: ScaleRule
     """By which its kernels quantise activations."""
     w13_tags: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of w1 beside `is_shuffled`, which every version wants on both weights."""
