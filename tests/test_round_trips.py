@@ -327,7 +327,7 @@ def test_a_file_does_not_depend_on_the_layout_in_memory(tmp_path: Path) -> None:
 def test_in_a_new_process_that_only_imports_the_package(tmp_path: Path, way: str) -> None:
     tensors, expected = {}, []
     for gate_up in (True, False):
-        for layout in LAYOUTS:
+        for layout in LAYOUTS[:3]:  # a made-up one is known to this process alone
             tensors[f"{len(expected)}"] = weight_of(parts_of(*SHAPES[1]), layout, gate_up=gate_up)
             expected.append(checksum_of(SHAPES[1], gate_up))
     tensors["view"] = tensors["1"][1, 40:60]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shuffled_tensor import ShuffledMXFP4Tensor
 
-LAYOUTS = ("none", "mxfp4_moe", "mxfp4_separated")
+LAYOUTS = ("none", "mxfp4_moe", "mxfp4_separated", "made_up")
+"""For tests that hold for every layout, the one of tests/support/made_up.py among them; conftest.py adds that row."""
 # K=512, where a second shuffle would go unseen, without pads; and padded in every way
 SHAPES = [(2, 512, 512), (3, 96, 160)]
 

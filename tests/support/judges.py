@@ -82,6 +82,11 @@ def by_formula(part: str, data: Tensor, kind: str, gate_up: bool) -> Tensor:
     out = torch.empty_like(data)
     _, rows, width = data.shape
     n, b = torch.arange(rows).unsqueeze(1), torch.arange(width).unsqueeze(0)
+    if kind == "made_up":
+        offset = _made_up_offset(part, rows, width, n, b, gate_up)
+        for source, target in zip(data, out, strict=True):
+            target.view(-1)[offset.flatten()] = source.flatten()
+        return out
     if kind == "mxfp4_moe" and gate_up:
         gate, i = n // (rows // 2), n % (rows // 2)
         n = 32 * (i // 16) + 16 * gate + i % 16
@@ -94,6 +99,19 @@ def by_formula(part: str, data: Tensor, kind: str, gate_up: bool) -> Tensor:
     for source, target in zip(data, out, strict=True):
         target.view(-1)[offset.flatten()] = source.flatten()
     return out
+
+
+def _made_up_offset(part: str, rows: int, width: int, n: Tensor, b: Tensor, gate_up: bool) -> Tensor:
+    """Of tests/support/made_up.py."""
+    if part == "weight":
+        if gate_up:
+            return (n // 8) * 8 * width + (b // 16) * 128 + (n % 8) * 16 + b % 16
+        return n * width + b
+    column, t, q = b // 8, b % 8 // 2, b % 2
+    if gate_up:
+        half = rows // 2
+        return ((((column * (half // 8) + n % half // 8) * 2 + q) * 2 + n // half) * 8 + n % 8) * 4 + t
+    return ((((column * (rows // 32) + n // 32) * 4 + t) * 4 + n % 32 // 8) * 2 + q) * 8 + n % 8
 
 
 @cache
