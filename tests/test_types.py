@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from expecttest import assert_expected_inline
+
+ROOT = Path(__file__).parents[1]
 
 PROGRAM = """\
 from torch import Tensor
@@ -30,9 +33,20 @@ def use(x: Tensor, qdata: Tensor, scale: Tensor, w2: ShuffledMXFP4Tensor) -> Non
 def test_words_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("mypy", reason="needs mypy, which `make` installs")
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--cache-dir", str(tmp_path / "cache"), "program.py"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    # from the root, for its configuration and for the cache that `make check` has filled
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", str(tmp_path / "program.py")]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    lines = (line.partition("program.py:")[2] for line in found.splitlines() if ": error:" in line)
     assert_expected_inline(
-        "\n".join(line for line in found.splitlines() if ": error:" in line),
-        """program.py:2: error: Cannot find implementation or library stub for module named "shuffled_tensor"  [import-not-found]""",
+        "\n".join(lines),
+        """\
+5: error: Argument "row_order" to "ShuffledMXFP4Tensor" has incompatible type "Literal['interleave']"; expected "Literal['contiguous', 'interleaved'] | None"  [arg-type]
+6: error: Argument "activation" to "fused_moe" has incompatible type "Literal['relu']"; expected "Literal['silu', 'gelu', 'swiglu']"  [arg-type]
+7: error: Argument "backend" to "fused_moe" has incompatible type "Literal['aitr']"; expected "Literal['aiter', 'reference'] | None"  [arg-type]
+8: error: Unexpected keyword argument "swiglu_alpha" for "fused_moe"  [call-arg]
+9: error: Argument "scale_rule" to "quantize" has incompatible type "Literal['ceil']"; expected "Literal['floor', 'even', 'round_up', 'amax4']"  [arg-type]
+10: error: Argument "dim" to "shard" of "ShuffledMXFP4Tensor" has incompatible type "Literal['experts']"; expected "Literal['expert', 'intermediate']"  [arg-type]
+11: error: Argument "layout" to "save_file" has incompatible type "Literal['canon']"; expected "Literal['canonical', 'as_is']"  [arg-type]
+12: error: Argument "format" to "load_experts" has incompatible type "Literal['gptoss']"; expected "Literal['auto', 'gpt-oss', 'quark', 'compressed-tensors', 'deepseek', 'shuffled_tensor']"  [arg-type]""",
     )
