@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+
+
+def pytest_configure() -> None:
+    """Processes that tests start import the package from here too, wherever they run and whatever is installed."""
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
