@@ -132,7 +132,7 @@ def test_an_sdist_holds_the_tree(tmp_path: Path) -> None:
     """Every file that git has, and nothing that a run leaves behind; the build imports no torch."""
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
-        pytest.skip("no git checkout: this may be an unpacked sdist")
+        pytest.skip("no git, or no checkout, as in an unpacked sdist")
     listed = subprocess.run([git, "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
     tracked = set(listed.stdout.rstrip("\0").split("\0"))
 
