@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz check clean
+.PHONY: demo test fuzz check dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+dist: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m build
+
 .venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -24,4 +28,4 @@ check: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info

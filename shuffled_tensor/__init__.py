@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         save_file,
     )
 
+__version__ = "0.1.0.dev0"
+
 __all__ = [
     "LAYOUTS",
     "SCALE_RULES",

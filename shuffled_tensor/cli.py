@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m shuffled_tensor``: inspect, verify and convert checkpoints, see a layout, and find out what runs here."""
+"""``shuffled-tensor``: inspect, verify and convert checkpoints, see a layout, and find out what runs here."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    script = Path(sys.argv[0]).stem == "shuffled-tensor"
     parser = argparse.ArgumentParser(
-        prog="python -m shuffled_tensor", description="MXFP4 expert weights: checkpoints and layouts"
+        prog="shuffled-tensor" if script else "python -m shuffled_tensor",
+        description="MXFP4 expert weights: checkpoints and layouts",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,12 @@ from shuffled_tensor.layouts import LAYOUTS
 
 from .support import bytes as test_bytes
 from .support.made_up import MADE_UP
+
+
+def pytest_configure() -> None:
+    """Processes that tests start import the package from here too, wherever they run and whatever is installed."""
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

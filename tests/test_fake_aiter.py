@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,6 +138,7 @@ def test_a_fake_is_known_as_its_version(version: str) -> None:
         assert fake.version.scale_rule == EXPECTED[version].scale_rule
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_signatures_are_read_from_a_clone(tmp_path: Path) -> None:
     (tmp_path / "aiter" / "ops").mkdir(parents=True)
     (tmp_path / "aiter" / "fused_moe.py").write_text(
