@@ -53,10 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--format", default="auto", help="of the source, where its names do not tell")
     convert.set_defaults(run=_convert)
 
-    show = commands.add_parser("show", help="a picture (SVG) of where each run of 16 bytes of a small weight lands")
+    show = commands.add_parser("show", help="a picture (SVG) of where the codes, or the scales, of a small weight land")
     show.add_argument("kind", choices=list(LAYOUTS))
     show.add_argument("--rows", type=int, default=64, help="N, gate rows and up rows together (default 64)")
     show.add_argument("--k", type=int, default=256, help="K, logical columns (default 256)")
+    show.add_argument("--scale", action="store_true", help="its scales, not its codes")
+    show.add_argument(
+        "--logical", type=int, nargs=2, metavar=("N", "K"), help="sizes without padding, which is hatched then"
+    )
     show.add_argument("--down", action="store_true", help="a down weight (w2), not a gate-up one (w13)")
     show.add_argument("--output", type=Path, help="the file to write (default: standard output)")
     show.set_defaults(run=_show)
@@ -99,11 +103,18 @@ def _convert(options: argparse.Namespace) -> bool:
 
 
 def _show(options: argparse.Namespace) -> bool:
-    svg = picture(options.kind, options.rows, options.k, gate_up=not options.down)
+    svg = picture(
+        options.kind,
+        options.rows,
+        options.k,
+        gate_up=not options.down,
+        part="scale" if options.scale else "qdata",
+        logical=options.logical and tuple(options.logical),
+    )
     if options.output is None:
         print(svg, end="")
     else:
-        options.output.write_text(svg)
+        options.output.write_text(svg, encoding="utf-8")
     return False
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A picture of a layout: where each run of 16 bytes of a small weight lands."""
+"""A picture of a layout: where the codes, or the scales, of a small weight land."""
 
 from __future__ import annotations
 
@@ -7,69 +7,112 @@ from colorsys import hls_to_rgb
 
 import torch
 
-from shuffled_tensor.layouts import find_layout, shuffle_weight
+from shuffled_tensor.layouts import find_layout, shuffle_scale, shuffle_weight
+from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS, SCALES, Part
 
-__all__ = ["MAX_RUNS", "picture"]
+__all__ = ["MAX_CELLS", "picture"]
 
-MAX_RUNS = 2048
-"""The runs that a picture shows at most."""
+MAX_CELLS = 2048
+"""The cells that a picture shows at most."""
 
-_CODES = 32  # of a run: 16 bytes of two
-_BLOCK = 16  # rows that are tiled together; in memory they are as many lines
+_BLOCK = 16  # rows that are drawn as one
+
+_SHUFFLE = {CODES: shuffle_weight, SCALES: shuffle_scale}
+_CELL = {  # what one is, and how many of them at the beginning of memory are outlined
+    CODES: ("run", "16 bytes, 32 fp4 codes", 16),
+    SCALES: ("scale", "one byte, for 32 fp4 codes", 4),
+}
 
 _HALVES = {"g": "gate", "u": "up", "r": "rows"}
 _HUES = {"g": (224, 196), "u": (38, 14), "r": (170, 130)}  # of a half's first and last block
 
-_INK, _GREY, _PAPER = "#1f2328", "#59636e", "#ffffff"
+_INK, _GREY, _PAPER, _PAD = "#1f2328", "#59636e", "#ffffff", "url(#pad)"
+_FADED = f' fill="{_GREY}"'
 _MARGIN, _AXIS, _BETWEEN, _GAP, _CELL_HEIGHT = 28, 38, 128, 8, 14  # pixels
 
+_HATCHING = (
+    '<defs><pattern id="pad" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<rect width="5" height="5" fill="#f3f4f6"/><rect width="1.5" height="5" fill="#c4c9d0"/></pattern></defs>'
+)
 
-def picture(shuffle_kind: str, rows: int, k: int, *, gate_up: bool = True) -> str:
+
+def picture(
+    shuffle_kind: str,
+    rows: int,
+    k: int,
+    *,
+    gate_up: bool = True,
+    part: str = "qdata",
+    logical: tuple[int, int] | None = None,
+) -> str:
     """An SVG of a small weight, row-major and as it lies in memory as ``shuffle_kind``.
 
-    A cell is a run of 16 bytes, which no layout splits: it has one colour and one label in both grids, and a tooltip
-    with its offset. Where it lands is read off what :func:`shuffle_weight` does to runs that hold their own number.
+    A cell is 32 columns of a row: a run of 16 bytes of codes, which no layout splits, or one byte of scales. It has one
+    colour and one label in both grids, and a tooltip with its offset. Where it lands is read off what
+    :func:`shuffle_weight` or :func:`shuffle_scale` does to cells that hold their own number.
 
     Args:
         shuffle_kind: the name of a layout.
         rows: N; gate rows then up rows when ``gate_up``.
-        k: K, the logical columns, a multiple of 32.
+        k: K, the columns, a multiple of 32.
         gate_up: whether the rows are two stacked halves, gate and up (w13), or one (w2).
+        part: ``"qdata"`` for the codes, or ``"scale"``.
+        logical: the N and K of the weight, where ``rows`` and ``k`` are those with its padding: pads are hatched.
 
     Raises:
-        ValueError: an unknown layout, sizes that do not tile, or more than :data:`MAX_RUNS` runs.
+        ValueError: an unknown layout or part, sizes that do not tile, or more than :data:`MAX_CELLS` cells.
     """
     find_layout(shuffle_kind)
-    return _Drawing(shuffle_kind, rows, k // _CODES, gate_up, _runs_in_memory(shuffle_kind, rows, k, gate_up)).svg()
+    found = {known.name: known for known in PARTS}.get(part)
+    if found is None:
+        raise ValueError(f"part must be 'qdata' or 'scale', found {part!r}")
+    memory = _cells_in_memory(shuffle_kind, rows, k, gate_up, found)
+    n, columns = logical or (rows, k)
+    if not (0 < n <= rows and 0 < columns <= k) or columns % BLOCK or (gate_up and n % 2):
+        raise ValueError(
+            f"logical sizes are at most N={rows}, K={k}, in whole blocks of {BLOCK} columns"
+            f"{' and as many gate as up rows' if gate_up else ''}; found N={n}, K={columns}"
+        )
+    return _Drawing(shuffle_kind, found, rows, k // BLOCK, gate_up, (n, columns // BLOCK), memory).svg()
 
 
-def _runs_in_memory(shuffle_kind: str, rows: int, k: int, gate_up: bool) -> list[int]:
-    """The runs' row-major numbers, in the order of memory."""
+def _cells_in_memory(shuffle_kind: str, rows: int, k: int, gate_up: bool, part: Part) -> list[int]:
+    """The cells' row-major numbers, in the order of memory."""
     if rows < 1 or k < 1:
         raise ValueError(f"a picture needs rows and columns, found N={rows}, K={k}")
-    if rows * k > MAX_RUNS * _CODES:
+    if rows * k > MAX_CELLS * BLOCK:
         raise ValueError(
-            f"a picture shows at most {MAX_RUNS} runs of {_CODES} codes; N={rows}, K={k} are {rows * k / _CODES:g}"
+            f"a picture shows at most {MAX_CELLS} cells of {BLOCK} columns; N={rows}, K={k} are {rows * k / BLOCK:g}"
         )
-    numbers = torch.arange(MAX_RUNS).repeat_interleave(2).view(torch.uint8)  # each fills 16 bytes
-    shuffled = shuffle_weight(numbers[: rows * (k // 2)].view(rows, k // 2), shuffle_kind, gate_up=gate_up)
-    if k % _CODES:
-        raise ValueError(f"a picture shows whole runs of {_CODES} codes, found K={k}")
+    numbers = torch.arange(MAX_CELLS).repeat_interleave(part.element.itemsize)[: rows * (k // part.per_byte)]
+    low, high = (  # bytes of the numbers: they go the same way
+        _SHUFFLE[part](digit.to(torch.uint8).view(rows, -1), shuffle_kind, gate_up=gate_up).flatten().long()
+        for digit in (numbers % 256, numbers // 256)
+    )
+    if k % BLOCK:
+        raise ValueError(f"a picture shows whole cells of {BLOCK} columns, found K={k}")
     if gate_up and rows % 2:
         raise ValueError(f"gate and up have as many rows each, found N={rows}")
-    runs: list[int] = shuffled.view(torch.int64).flatten()[::2].tolist()
-    return runs
+    cells: list[int] = (low + 256 * high)[:: part.element.itemsize].tolist()
+    return cells
 
 
 class _Drawing:
-    def __init__(self, shuffle_kind: str, rows: int, columns: int, gate_up: bool, memory: list[int]) -> None:
-        self.shuffle_kind, self.rows, self.columns, self.gate_up, self.memory = (
-            shuffle_kind,
-            rows,
-            columns,
-            gate_up,
-            memory,
-        )
+    def __init__(
+        self,
+        shuffle_kind: str,
+        part: Part,
+        rows: int,
+        columns: int,
+        gate_up: bool,
+        logical: tuple[int, int],
+        memory: list[int],
+    ) -> None:
+        self.shuffle_kind, self.part, self.rows, self.columns, self.gate_up = shuffle_kind, part, rows, columns, gate_up
+        self.logical, self.memory = logical, memory
+        self.padded = logical != (rows, columns)
+        self.unit, self.unit_is, self.outlined = _CELL[part]
+        self.nbytes = part.element.itemsize  # of a cell
         self.half = rows // 2 if gate_up else rows
         self.cell_width = 8 + 6 * len(self.label(len(memory) - 1))
         self.grid_width = columns * self.cell_width
@@ -78,17 +121,21 @@ class _Drawing:
         self.width = max(520, self.right + self.grid_width + _AXIS + _MARGIN)
         self.top = 142
         self.bottom = self.y(rows - 1) + _CELL_HEIGHT
-        self.height = self.bottom + 98
+        self.height = self.bottom + (120 if self.padded else 98)
 
     def svg(self) -> str:
         weight = "gate-up weight (w13)" if self.gate_up else "down weight (w2)"
+        which = f"{'codes' if self.part is CODES else 'scales'} of a {weight}"
+        n, k = self.logical[0], self.logical[1] * BLOCK
+        padding = f", padded to {self.rows} and {self.columns * BLOCK}" if self.padded else ""
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{self.width}" height="{self.height}" '
             f'viewBox="0 0 {self.width} {self.height}" font-family="system-ui, sans-serif">',
-            f"<title>{self.shuffle_kind}: where each 16-byte run of a {weight} lands</title>",
+            f"<title>{self.shuffle_kind}: where the {which} land</title>",
+            *([_HATCHING] if self.padded else []),
             f'<rect width="100%" height="100%" rx="8" fill="{_PAPER}"/>',
             _text(_MARGIN, 46, self.shuffle_kind, size=24, bold=True),
-            _text(_MARGIN, 68, f"{weight}, N = {self.rows}, K = {self.columns * _CODES}", fill=_GREY),
+            _text(_MARGIN, 68, f"{which}, N = {n}, K = {k}{padding}", fill=_GREY),
             *self.ribbons(),
             *self.grid("row-major", self.left, list(range(len(self.memory)))),
             *self.grid("memory", self.right, self.memory),
@@ -105,9 +152,13 @@ class _Drawing:
         """The half that a row is in, and its number there."""
         return ("gu"[row // self.half] if self.gate_up else "r"), row % self.half
 
-    def label(self, run: int) -> str:
-        half, i = self.place(run // self.columns)
-        return f"{half}{i}·{run % self.columns}"
+    def label(self, cell: int) -> str:
+        half, i = self.place(cell // self.columns)
+        return f"{half}{i}·{cell % self.columns}"
+
+    def is_pad(self, cell: int) -> bool:
+        each = self.logical[0] // 2 if self.gate_up else self.logical[0]
+        return self.place(cell // self.columns)[1] >= each or cell % self.columns >= self.logical[1]
 
     def colour(self, row: int) -> str:
         """Hue by half and block, from light to dark by the row in the block."""
@@ -117,19 +168,21 @@ class _Drawing:
         rgb = hls_to_rgb(hue / 360, 0.92 - 0.28 * (i % _BLOCK) / (_BLOCK - 1), 0.88)
         return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
-    def grid(self, name: str, x: int, runs: list[int]) -> list[str]:
+    def grid(self, name: str, x: int, cells: list[int]) -> list[str]:
         lines = [f'<g id="{name}" font-family="ui-monospace, monospace" font-size="10" text-anchor="middle">']
-        for position, run in enumerate(runs):
+        for position, cell in enumerate(cells):
             line, column = divmod(position, self.columns)
-            left, top, label = x + column * self.cell_width, self.y(line), self.label(run)
+            left, top, label, pad = x + column * self.cell_width, self.y(line), self.label(cell), self.is_pad(cell)
             lines.append(
                 f'<rect x="{left}" y="{top}" width="{self.cell_width - 1}" height="{_CELL_HEIGHT - 1}" '
-                f'fill="{self.colour(run // self.columns)}"><title>{label} at byte {position * 16}</title></rect>'
-                f'<text x="{left + self.cell_width / 2 - 0.5:g}" y="{top + 10}">{label}</text>'
+                f'fill="{_PAD if pad else self.colour(cell // self.columns)}">'
+                f"<title>{label} at byte {position * self.nbytes}{', a pad' if pad else ''}</title></rect>"
+                f'<text x="{left + self.cell_width / 2 - 0.5:g}" y="{top + 10}"'
+                f"{_FADED if pad else ''}>{label}</text>"
             )
-        first = set(self.memory[:_BLOCK])
-        cells = {divmod(position, self.columns) for position, run in enumerate(runs) if run in first}
-        return [*lines, self.outline(x, cells), "</g>"]
+        first = set(self.memory[: self.outlined])
+        outlined = {divmod(position, self.columns) for position, cell in enumerate(cells) if cell in first}
+        return [*lines, self.outline(x, outlined), "</g>"]
 
     def outline(self, x: int, cells: set[tuple[int, int]]) -> str:
         """A line around cells, each a line and a column of a grid."""
@@ -147,29 +200,42 @@ class _Drawing:
         return f'<path d="{edges}" fill="none" stroke="{_INK}" stroke-width="2" stroke-linecap="square"/>'
 
     def ribbons(self) -> list[str]:
-        """From each block of rows to its lines in memory."""
+        """From each block of rows to its lines in memory, in their order."""
+        lines: dict[int, set[int]] = {}
+        for position, cell in enumerate(self.memory):
+            lines.setdefault(cell // self.columns // _BLOCK, set()).add(position // self.columns)
         paths, names = [], []
         x, end = self.left + self.grid_width + 3, self.right - 4
         middle = (x + end) // 2
-        for line in range(0, self.rows, _BLOCK):
-            size = min(_BLOCK, self.rows - line)
-            row = self.memory[line * self.columns] // self.columns
-            y, to, depth = self.y(row), self.y(line), size * _CELL_HEIGHT - 1
+        named = 0  # lines whose blocks have names
+        for block, own in sorted(lines.items(), key=lambda item: (min(item[1]), item[0])):
+            row, size = block * _BLOCK, min(_BLOCK, self.rows - block * _BLOCK)
+            y, bottom = self.y(row), self.y(row + size - 1) + _CELL_HEIGHT - 1
+            to, end_y = self.y(min(own)), self.y(max(own)) + _CELL_HEIGHT - 1
             paths.append(
-                f'<path d="M{x} {y}C{middle} {y} {middle} {to} {end} {to}v{depth}'
-                f'C{middle} {to + depth} {middle} {y + depth} {x} {y + depth}z" '
+                f'<path d="M{x} {y}C{middle} {y} {middle} {to} {end} {to}V{end_y}'
+                f'C{middle} {end_y} {middle} {bottom} {x} {bottom}z" '
                 f'fill="{self.colour(row + size // 2)}" fill-opacity="0.4"/>'
             )
             (half, first), (other, last) = self.place(row), self.place(row + size - 1)
             name = f"{_HALVES[half]} {first}-{last}" if half == other else f"{half}{first}-{other}{last}"
-            names.append(_text(end - 8, to + depth // 2 + 4, name, anchor="end", bold=True))
+            # blocks that share lines have their names side by side, half way down lines of their own
+            named = max(named, min(own))
+            names.append(_text(end - 8, self.y(named) + size * _CELL_HEIGHT // 2 + 4, name, anchor="end", bold=True))
+            named += size
         return paths + names
 
     def axes(self) -> list[str]:
         row_x, byte_x = self.left - 7, self.right + self.grid_width + 6
         lines = [
             _text(self.left, self.top - 37, "Row-major", size=15, bold=True),
-            _text(self.left, self.top - 21, "16-byte runs of K", size=10, fill=_GREY),
+            _text(
+                self.left,
+                self.top - 21,
+                f"{'16-byte runs' if self.part is CODES else 'scales'} along K",
+                size=10,
+                fill=_GREY,
+            ),
             _text(row_x, self.top - 7, "row", size=10, fill=_GREY, anchor="end"),
             _text(self.right, self.top - 37, "In memory", size=15, bold=True),
             _text(self.right, self.top - 21, "line by line", size=10, fill=_GREY),
@@ -179,12 +245,14 @@ class _Drawing:
             middle = column * self.cell_width + self.cell_width // 2
             lines.append(_text(self.left + middle, self.top - 7, f"{column}", size=9, fill=_GREY, anchor="middle"))
             lines.append(
-                _text(self.right + middle, self.top - 7, f"+{column * 16}", size=9, fill=_GREY, anchor="middle")
+                _text(
+                    self.right + middle, self.top - 7, f"+{column * self.nbytes}", size=9, fill=_GREY, anchor="middle"
+                )
             )
         for line in range(self.rows):
             y = self.y(line) + 10
             lines.append(_text(row_x, y, f"{line}", size=9, fill=_GREY, anchor="end"))
-            lines.append(_text(byte_x, y, f"{line * self.columns * 16}", size=9, fill=_GREY))
+            lines.append(_text(byte_x, y, f"{line * self.columns * self.nbytes}", size=9, fill=_GREY))
         return lines
 
     def legend(self) -> list[str]:
@@ -195,16 +263,24 @@ class _Drawing:
                 x += 4
             lines.append(_text(x + 6, y + 10, _HALVES[self.place(start)[0]], fill=_GREY))
             x += 54
-        (half, i), column = self.place(self.rows - 1), self.columns - 1
+        each = self.half - (self.rows - self.logical[0]) // (2 if self.gate_up else 1)
+        (half, i), column = self.place(self.rows - self.half + each - 1), self.logical[1] - 1
         row = f"{_HALVES[half]} row {i}" if self.gate_up else f"row {i}"
-        first = 16 * min(_BLOCK, len(self.memory))
+        first = self.nbytes * min(self.outlined, len(self.memory))
         x = self.left
         return [
             *lines,
             f'<rect x="{x + 1}" y="{y + 23}" width="42" height="12" fill="none" stroke="{_INK}" stroke-width="2"/>',
             _text(x + 56, y + 33, f"the first {first} bytes of memory", fill=_GREY),
             _text(x, y + 56, f"{half}{i}·{column}", fill=_INK, bold=True),
-            _text(x + 56, y + 56, f"{row}, run {column} of K: 16 bytes, 32 fp4 codes", fill=_GREY),
+            _text(x + 56, y + 56, f"{row}, {self.unit} {column} of K: {self.unit_is}", fill=_GREY),
+            *(self.pad_legend(x, y + 68) if self.padded else []),
+        ]
+
+    def pad_legend(self, x: int, y: int) -> list[str]:
+        return [
+            f'<rect x="{x}" y="{y}" width="44" height="13" fill="{_PAD}"/>',
+            _text(x + 56, y + 10, f"padding: bytes of {self.part.pad}", fill=_GREY),
         ]
 
 

@@ -154,7 +154,10 @@ def test_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "mxfp4_separated", "--rows", "32", "--k", "64", "--down"]) == 0
     assert capsys.readouterr().out == picture("mxfp4_separated", 32, 64, gate_up=False)
     assert main(["show", "mxfp4_moe", "--output", "picture.svg"]) == 0
-    assert (folder / "picture.svg").read_text() == picture("mxfp4_moe", 64, 256)
+    assert (folder / "picture.svg").read_text(encoding="utf-8") == picture("mxfp4_moe", 64, 256)
+    assert main(["show", "mxfp4_moe", "--scale", "--logical", "40", "160", "--output", "picture.svg"]) == 0
+    expected = picture("mxfp4_moe", 64, 256, part="scale", logical=(40, 160))
+    assert (folder / "picture.svg").read_text(encoding="utf-8") == expected
     assert capsys.readouterr().out == ""
 
 
