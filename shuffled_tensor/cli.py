@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     show = commands.add_parser("show", help="a picture (SVG) of where the codes, or the scales, of a small weight land")
-    show.add_argument("kind", choices=list(LAYOUTS))
+    show.add_argument("layout", choices=list(LAYOUTS))
     show.add_argument("--rows", type=int, default=64, help="N, gate rows and up rows together (default 64)")
     show.add_argument("--k", type=int, default=256, help="K, logical columns (default 256)")
     show.add_argument("--scale", action="store_true", help="its scales, not its codes")
@@ -104,7 +104,7 @@ def _convert(options: argparse.Namespace) -> bool:
 
 def _show(options: argparse.Namespace) -> bool:
     svg = picture(
-        options.kind,
+        options.layout,
         options.rows,
         options.k,
         gate_up=not options.down,

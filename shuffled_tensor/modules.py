@@ -55,7 +55,7 @@ def wrap_experts_(
             the bytes are taken over, one weight after the other.
         row_order: of the gate and up rows of ``w13``: ``"contiguous"`` or ``"interleaved"``.
         w13, w2, w13_scale, w2_scale: what the tensors are called.
-        shuffle_kind: fixes the kind to be shuffled into; None leaves that to the backend that first uses the weights.
+        shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the weights.
         dtype: the logical dtype.
 
     Returns:
@@ -126,7 +126,7 @@ def quantize_experts_(
             becomes the logical dtype.
         row_order: of the gate and up rows of ``w13``: ``"contiguous"`` or ``"interleaved"``.
         w13, w2: what the tensors are called: ``"gate_up_proj"`` and ``"down_proj"`` in transformers.
-        shuffle_kind: fixes the kind to be shuffled into; None leaves that to the backend that first uses the weights.
+        shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the weights.
         scale_rule: one of :data:`shuffled_tensor.SCALE_RULES`.
 
     Returns:
@@ -193,17 +193,17 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
         from tqdm import tqdm
 
         steps = tqdm(storages, desc="shuffling MXFP4 weights", unit="weight")
-    start, moved, kinds = time.perf_counter(), 0, Counter[str]()
+    start, moved, layouts = time.perf_counter(), 0, Counter[str]()
     for storage in steps:
         layout = policy.current.layout_at_first_use(storage.qdata.device, storage.requested_layout)
         if layout is not None and layout is not storage.layout:
             storage.convert_layout_(layout)
             moved += storage.qdata.nbytes + storage.scale.nbytes
-        kinds[storage.layout.name] += 1
+        layouts[storage.layout.name] += 1
     _log.info(
         "prepared %d MXFP4 weights (%s): shuffled %.2f GiB in %.2f s",
         len(storages),
-        ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none found",
+        ", ".join(f"{count} {layout}" for layout, count in sorted(layouts.items())) or "none found",
         moved / 2**30,
         time.perf_counter() - start,
     )

@@ -388,7 +388,7 @@ def _check_source(self: ShuffledMXFP4Tensor, source: Tensor) -> None:
 
 
 def _bytes_of(self: ShuffledMXFP4Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales ``[E, ...]`` as they lie: views, or for a view of rows or columns a copy in the same kind."""
+    """Codes and scales ``[E, ...]`` as they lie: views, or for a view of rows or columns a copy in the same layout."""
     if self.is_part_of_experts:
         own = _materialized(self)
         return own.qdata, own.scale
@@ -396,7 +396,7 @@ def _bytes_of(self: ShuffledMXFP4Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _materialized(self: ShuffledMXFP4Tensor) -> PackedStorage:
-    """A view of rows or columns as a storage of its own, in the same kind. Only whole experts keep gate and up
+    """A view of rows or columns as a storage of its own, in the same layout. Only whole experts keep gate and up
     apart."""
     storage = self._storage
     parts = (data.contiguous() for data in storage.read(self._window))

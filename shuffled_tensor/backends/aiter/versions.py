@@ -48,7 +48,7 @@ class Version:
     config: Mapping[str, Any] = field(default_factory=dict)
     """What `get_2stage_cfgs` gets beyond the arguments common to all versions."""
     tuned: Callable[[Any], bool] | None = None
-    """Whether the configuration found is one of this kind's kernels; None where every configuration reads this
+    """Whether the configuration found is one of the kernels that read it; None where every configuration reads this
     layout."""
 
 
