@@ -11,7 +11,7 @@ from shuffled_tensor.backends.doctor import doctor
 from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR
 from shuffled_tensor.picture import picture
 
-_KINDS = [name for name, layout in LAYOUTS.items() if layout is not ROW_MAJOR]
+_LAYOUTS = [name for name, layout in LAYOUTS.items() if layout is not ROW_MAJOR]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="write a checkpoint's experts to a file with checksums")
     convert.add_argument("source", help="a safetensors file, or a directory of them")
     convert.add_argument("destination", help="the safetensors file to write")
-    convert.add_argument("--layout", choices=["canonical", *_KINDS], default="canonical", help="of the bytes written")
+    convert.add_argument("--layout", choices=["canonical", *_LAYOUTS], default="canonical", help="of the bytes written")
     convert.add_argument("--format", default="auto", help="of the source, where its names do not tell")
     convert.set_defaults(run=_convert)
 

@@ -105,13 +105,11 @@ class Order:
         shape = self._memory_shape(data)
         place = 1 + self._axes[2].index("n")
         apart = 1 if self.interleaved else halves
-        tiled = self._elements(data).view(*shape[:place], apart, shape[place] // apart, *shape[place + 1 :])
+        inner = math.prod(shape[place + 1 :]) * self.part.element.itemsize
+        tiled = data.view(*shape[:place], apart, shape[place] // apart, inner)
         chosen = slice(rows.start // self.row_tile, rows.stop // self.row_tile)
         picked: Tensor = tiled[(slice(None),) * (place + 1) + (chosen,)].contiguous()
-        return picked.view(torch.uint8).view(len(data), halves * len(rows), data.shape[-1])
-
-    def _elements(self, data: Tensor) -> Tensor:
-        return data.view(self.part.element)
+        return picked.view(len(data), halves * len(rows), data.shape[-1])
 
     def _memory_shape(self, data: Tensor) -> list[int]:
         """The size of each axis in the order of memory, the experts' first."""
@@ -131,7 +129,7 @@ class Order:
             out = torch.empty_like(data, memory_format=torch.contiguous_format)
         if data.numel() == 0:
             return out
-        source, target = (self._elements(tensor) for tensor in (data, out))
+        source, target = (tensor.view(self.part.element) for tensor in (data, out))
         if not in_place:
             self._permute(source, target, inverse)
             return out
@@ -200,6 +198,9 @@ class Layout:
 
     def __repr__(self) -> str:
         return f"Layout({self.name!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return find_layout, (self.name,)  # a copy is the row itself: layouts are compared by identity
 
 
 ROW_MAJOR = Layout("none", down=("e n c -> e n c",) * 2, gate_up=("e n c -> e n c",) * 2)

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from shuffled_tensor import arch, explain, fused_moe, override_arch, prepare
 from shuffled_tensor.backends import base
+from shuffled_tensor.backends.aiter import versions
+from shuffled_tensor.moe import op
 from shuffled_tensor.testing import fake_aiter
 
 from .support.layer import MoE, ShuffleCount, make_layer, make_weight
@@ -279,3 +282,25 @@ def test_relayout_of_a_view_made_in_inference_mode() -> None:
         weight.shuffle_("mxfp4_moe")
     weight.shuffle_("mxfp4_separated")
     assert torch.equal(weight.dequantize(), make_weight("w13").dequantize())
+
+
+def test_another_thread_lays_weights_out_while_a_call_is_planned(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """What the call says of its bytes is compared with what it must be, not what the weights have become since."""
+    expected = fused_moe(**make_layer(device), out_dtype=torch.float32)
+    layer, plan = make_layer(device), op.plan
+
+    def interrupted(given: Any) -> Any:
+        planned = plan(given)
+        for name in ("w13", "w2"):
+            layer[name].shuffle_("mxfp4_separated")
+        return planned
+
+    with override_arch("gfx950"), fake_aiter("#3832"):
+        monkeypatch.setattr(op, "plan", interrupted)
+        out = fused_moe(**layer, out_dtype=torch.float32)  # no kernel of aiter gives float32: the reference runs
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_key_of_compiled_code_asks_no_backend_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "detect", lambda: pytest.fail("aiter was looked for"))
+    make_weight("w13")._stable_hash_for_caching()

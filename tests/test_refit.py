@@ -532,3 +532,16 @@ def test_refit_from_high_precision_obeys_the_rule_and_refuses() -> None:
     with pytest.raises(ValueError, match="unknown scale_rule"):
         weight.refit_from_hp_(sevens, scale_rule="odd")
     assert (weight.dequantize() == 8).all()
+
+
+def test_a_refit_that_could_not_be_closed_is_taken_up_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of memory, say: the layout to return to is not forgotten."""
+    module = module_with(weight_of(marked_parts(*SMALL), "mxfp4_moe"))
+    new = marked_parts(*SMALL, salt=1)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError), refit(module):
+        patch.setattr(storage.PackedStorage, "_permute_", lambda self, layout: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(RuntimeError, match=r"a refit ended early \(MemoryError\)"):
+        module.w13.dequantize()
+    with refit(module):
+        poke_weight(module.w13, new)
+    assert_holds(module.w13, new, "mxfp4_moe")

@@ -194,6 +194,15 @@ def test_a_call_survives_the_operator_with_every_argument_in_its_place() -> None
 def test_an_argument_that_does_not_exist_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'swiglu_alpha'"):
         fused_moe(**make_layer(), swiglu_alpha=1.0)
+    with pytest.raises(TypeError, match=r"fused_moe\(\) got an unexpected keyword argument 'swiglu_alpha'"):
+        explain(**make_layer(), swiglu_alpha=1.0)
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "foo", 7])
+def test_an_out_dtype_that_is_none_is_a_type_error(out_dtype: Any) -> None:
+    for function in (fused_moe, explain):
+        with pytest.raises(TypeError, match=rf"out_dtype must be torch.bfloat16 or .*, found {out_dtype!r}"):
+            function(**make_layer(), out_dtype=out_dtype)
 
 
 # --- a backend is a class

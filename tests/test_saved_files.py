@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import shuffled_tensor
-from shuffled_tensor import ShuffledMXFP4Tensor
+from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor
 
 from .support.bytes import coded, moderate_scales
 from .support.judges import dense
@@ -129,3 +130,25 @@ def test_a_file_of_a_later_version_is_refused() -> None:
         shuffled_tensor.rebuild_storage(*w13_parts(), state)
     with pytest.raises(ValueError, match="later version of shuffled_tensor, which says rotation of a weight"):
         shuffled_tensor.rebuild_weight(storage, {"rotation": 3})
+
+
+class Named(ShuffledMXFP4Tensor):
+    """A user's own."""
+
+
+def test_a_subclass_and_a_pickler_with_a_table_of_its_own() -> None:
+    class Pickler(pickle.Pickler):
+        dispatch_table: ClassVar[dict[type, Any]] = {}
+
+    values = dense(*w13_parts())
+    mine = Named(*w13_parts(), gate_up=True, row_order="contiguous").shuffle_("mxfp4_moe")
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(mine)
+    for data in (pickle.dumps(mine), buffer.getvalue()):
+        assert torch.equal(pickle.loads(data).dequantize(torch.float64), values)
+
+
+def test_layouts_are_themselves_after_a_copy() -> None:
+    for layout in LAYOUTS.values():
+        assert copy.deepcopy(layout) is layout
+        assert pickle.loads(pickle.dumps(layout)) is layout

@@ -41,6 +41,10 @@ class Backend(ABC):
         """Those that it reads on a device, the one that it wants first; none where it reads any."""
         return ()
 
+    def layout(self, device: torch.device) -> Layout | None:
+        """The one that it wants, or None where it reads any."""
+        return next(iter(self.layouts(device)), None)
+
     @abstractmethod
     def refuse(self, call: MoECall[PackedWeight]) -> str | None:
         """Why it does not take a call, or None; looks at everything but data and layouts."""
@@ -82,9 +86,10 @@ def select(call: MoECall[PackedWeight], wanted: str | None) -> Choice:
         backend = BACKENDS[name]
         reason = backend.available(device) or backend.refuse(call)
         if reason is None:
-            layout = next(iter(backend.layouts(device)), None)
-            warn = partial(_warn, name, passed_over, device)
-            return Choice(name, layout, passed_over, ", ".join(names[place:]), backend.run, backend.describe, warn)
+            warn = partial(_warn, name, passed_over, device) if passed_over else _no_warning
+            return Choice(
+                name, backend.layout(device), passed_over, ", ".join(names[place:]), backend.run, backend.describe, warn
+            )
         passed_over[name] = reason
     raise ValueError(
         f"{wanted} cannot take this call: {passed_over[str(wanted)]}; "
@@ -96,6 +101,10 @@ def _warn(backend: str, passed_over: dict[str, str], device: torch.device) -> No
     for name, reason in passed_over.items():
         if BACKENDS[name].arch == arch(device):
             _warn_once(backend, name, reason)
+
+
+def _no_warning() -> None:
+    pass
 
 
 @cache
@@ -113,7 +122,7 @@ class FirstUse(Policy):
                 if requested is not None:
                     return requested
                 if backend.available(device) is None:
-                    return backend.layouts(device)[0]
+                    return backend.layout(device)
         return None
 
     def installed(self, device: torch.device) -> dict[str, str]:
@@ -121,8 +130,10 @@ class FirstUse(Policy):
         return {name: fingerprint for name, fingerprint in found if fingerprint is not None}
 
     def fingerprint(self, device: torch.device) -> str:
+        here = [backend for backend in BACKENDS.values() if backend.arch in (None, arch(device))]
+        found = {backend.name: backend.available(device) or backend.fingerprint() for backend in here}
         schema = torch.ops.shuffled_tensor.fused_moe_packed.default._schema  # of another version of this package
-        return f"{arch(device)}, {self.installed(device)}, {schema}"
+        return f"{arch(device)}, {found}, {schema}"
 
     def kernel_operands(self, weight: ShuffledMXFP4Tensor) -> KernelOperands:
         reasons = []

@@ -131,7 +131,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         checksum,
     )
     if raw["padded"] != entry.padded:
-        raise ValueError(f"padded sizes {raw['padded']} for kind {entry.layout.name!r}, which has {entry.padded}")
+        raise ValueError(f"padded sizes {raw['padded']} for layout {entry.layout.name!r}, which has {entry.padded}")
     return entry
 
 

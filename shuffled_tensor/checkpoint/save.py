@@ -32,7 +32,7 @@ def save_file(
     :class:`ShuffledMXFP4Tensor`.
 
     One of those becomes two uint8 tensors ``<name>.qdata`` and ``<name>.scale``, which any tool can read, and an entry
-    of a manifest in the header's metadata: kind, gate_up, logical and padded sizes, dtype, checksum of the logical
+    of a manifest in the header's metadata: layout, gate_up, logical and padded sizes, dtype, checksum of the logical
     value. The file appears when it is whole.
 
     Args:

@@ -7,9 +7,9 @@ made from the fields of :class:`MoECall`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields, replace
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
+from operator import attrgetter
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -22,7 +22,18 @@ from shuffled_tensor.mxfp4 import PARTS, ScaleRule
 from shuffled_tensor.tensor.geometry import Geometry
 from shuffled_tensor.tensor.storage import PackedStorage
 
-__all__ = ["ARGUMENTS", "BackendName", "MoECall", "PackedWeight", "check", "pack", "schema", "to_operator", "unpack"]
+__all__ = [
+    "ARGUMENTS",
+    "BackendName",
+    "MoECall",
+    "PackedWeight",
+    "check",
+    "check_names",
+    "pack",
+    "schema",
+    "to_operator",
+    "unpack",
+]
 
 BackendName = Literal["aiter", "reference"]
 
@@ -88,11 +99,6 @@ class MoECall(Generic[_Weight]):
         """How what enters a GEMM is quantised: None where it stays as it comes."""
         return None if self.activation_dtype is None else self.scale_rule or "even"
 
-    def with_backends(self, names: str) -> MoECall[_Weight]:
-        """The call, to be taken by the first of several backends that will, ``"aiter, reference"``: which one that is
-        may depend on how many tokens come, and a compiler traces with any number of them."""
-        return replace(self, backend=names)  # type: ignore[arg-type]  # one name, for users
-
 
 class PackedWeight(NamedTuple):
     """A weight as backends get it: plain tensors, padded, and how they lie."""
@@ -110,91 +116,96 @@ class PackedWeight(NamedTuple):
 # --- from and to the arguments of an operator
 
 
-class _Kind(NamedTuple):
-    """What a type of argument is to an operator."""
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    # By name: torch 2.10 and 2.11 hand an operator in an ahead-of-time compiled package another dtype than the one that
+    # was exported.
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {dtype!r}")
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
-    schema: str
-    to_operator: Callable[[Any], Any] = lambda value: value
-    from_operator: Callable[[Any], Any] = lambda value: value
+
+def _dtype_of(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
-_AS_THEY_ARE = {
-    Tensor: _Kind("Tensor"),
-    Tensor | None: _Kind("Tensor?"),
-    bool: _Kind("bool"),
-    float | None: _Kind("float?"),
-    ActivationName: _Kind("str"),
-    Literal["mxfp4"] | None: _Kind("str?"),
-    ScaleRule | None: _Kind("str?"),
-    BackendName | None: _Kind("str?"),
+_SCHEMAS: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    float | None: "float?",
+    ActivationName: "str",
+    Literal["mxfp4"] | None: "str?",
+    ScaleRule | None: "str?",
+    BackendName | None: "str?",
+    torch.dtype | None: "str?",
 }
-# By name: torch 2.10 and 2.11 hand an operator in an ahead-of-time compiled package another dtype than the one that
-# was exported.
-_DTYPE = _Kind(
-    "str?",
-    lambda dtype: None if dtype is None else str(dtype).removeprefix("torch."),
-    lambda name: None if name is None else getattr(torch, name),
-)
-_KINDS: dict[Any, _Kind] = {**_AS_THEY_ARE, torch.dtype | None: _DTYPE}
+"""What a type of argument is to an operator."""
 
 _WEIGHT = {"qdata": "Tensor", "scale": "Tensor", "layout": "str", "rows": "int", "columns": "int"}
 """What a weight is to the operator on plain tensors."""
 
 _FIELDS: tuple[Field[Any], ...] = fields(MoECall)
 _TYPES = get_type_hints(MoECall)
-_OPTIONS = {name: _KINDS[kind] for name, kind in _TYPES.items() if kind not in (_Weight, KW_ONLY)}
-"""All arguments but the weights."""
 
 ARGUMENTS = tuple(field.name for field in _FIELDS)
 """The names of all arguments, in the order of the operator that takes our tensors."""
+
+_values = attrgetter(*ARGUMENTS)
+_WEIGHTS = tuple(place for place, name in enumerate(ARGUMENTS) if _TYPES[name] is _Weight)
+_DTYPES = tuple(place for place, name in enumerate(ARGUMENTS) if _TYPES[name] == torch.dtype | None)
 
 
 def schema(*, packed: bool) -> str:
     """The arguments of an operator: of the one that takes our tensors, or of the one that takes :func:`pack`'s."""
     # Not keyword-only, because register_autograd takes no keyword-only tensors.
     arguments = []
-    for field in _FIELDS:
-        if field.name in _OPTIONS:
+    for place, field in enumerate(_FIELDS):
+        if place not in _WEIGHTS:
             default = "" if field.default is MISSING else f"={field.default!r}"
-            arguments.append(f"{_OPTIONS[field.name].schema} {field.name}{default}")
+            arguments.append(f"{_SCHEMAS[_TYPES[field.name]]} {field.name}{default}")
         elif packed:
-            arguments += [f"{kind} {field.name}_{part}" for part, kind in _WEIGHT.items()]
+            arguments += [f"{type_} {field.name}_{part}" for part, type_ in _WEIGHT.items()]
         else:
             arguments.append(f"Tensor {field.name}")
     return ", ".join(arguments)
 
 
+def check_names(options: Iterable[str]) -> None:
+    """Raise TypeError for an option that does not exist."""
+    for name in options:
+        if name not in ARGUMENTS:
+            raise TypeError(f"fused_moe() got an unexpected keyword argument {name!r}")
+
+
 def to_operator(name: str, value: Any) -> Any:
     """An option as both operators take it."""
-    return _OPTIONS[name].to_operator(value)
+    return _dtype_name(value) if ARGUMENTS.index(name) in _DTYPES else value
 
 
 def pack(call: MoECall[PackedWeight]) -> list[Any]:
     """A call as the arguments of the operator on plain tensors."""
-    arguments: list[Any] = []
-    for name in ARGUMENTS:
-        value = getattr(call, name)
-        if isinstance(value, PackedWeight):
-            qdata, scale, layout, geometry = value
-            arguments += (qdata, scale, layout.name, geometry.rows, geometry.columns)
-        else:
-            arguments.append(to_operator(name, value))
+    arguments = list(_values(call))
+    for place in _DTYPES:
+        arguments[place] = _dtype_name(arguments[place])
+    for place in reversed(_WEIGHTS):
+        qdata, scale, layout, geometry = arguments[place]
+        arguments[place : place + 1] = qdata, scale, layout.name, geometry.rows, geometry.columns
     return arguments
 
 
-def unpack(arguments: Iterable[Any], *, packed: bool) -> MoECall[Any]:
+def unpack(given: Iterable[Any], *, packed: bool) -> MoECall[Any]:
     """The call that an operator was given; trailing arguments that have their default may be left out."""
-    given: dict[str, Any] = {}
-    rest = iter(arguments)
-    for name, value in zip(ARGUMENTS, rest, strict=False):
-        if name in _OPTIONS:
-            given[name] = _OPTIONS[name].from_operator(value)
-        elif packed:
-            scale, layout, rows, columns = islice(rest, len(_WEIGHT) - 1)
-            given[name] = PackedWeight(value, scale, find_layout(layout), Geometry(rows, columns, name == "w13"))
-        else:
-            given[name] = value
-    return MoECall(**given)
+    arguments = list(given)
+    if packed:
+        for place in _WEIGHTS:
+            qdata, scale, layout, rows, columns = arguments[place : place + len(_WEIGHT)]
+            geometry = Geometry(rows, columns, gate_up=ARGUMENTS[place] == "w13")
+            weight = PackedWeight(qdata, scale, find_layout(layout), geometry)
+            arguments[place : place + len(_WEIGHT)] = [weight]
+    for place in _DTYPES:
+        if place < len(arguments):
+            arguments[place] = _dtype_of(arguments[place])
+    return MoECall(**dict(zip(ARGUMENTS, arguments, strict=False)))
 
 
 # --- what no backend could compute
@@ -267,7 +278,7 @@ def _check_options(call: MoECall[PackedWeight]) -> None:
     if call.swiglu_limit is not None and not call.swiglu_limit > 0:
         raise ValueError(f"swiglu_limit must be positive, or None for the activation's own, found {call.swiglu_limit}")
     if call.out_dtype not in _HIDDEN_DTYPES:
-        raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {call.out_dtype}")
+        raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {call.out_dtype!r}")
 
 
 def _check_devices(call: MoECall[PackedWeight]) -> None:

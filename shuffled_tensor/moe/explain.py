@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shuffled_tensor.device import arch
-from shuffled_tensor.moe.call import MoECall, check
+from shuffled_tensor.moe.call import MoECall, check, check_names
 from shuffled_tensor.moe.op import check_layouts, layouts_in_use, plan
 from shuffled_tensor.tensor import policy
 
@@ -54,6 +54,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     Raises:
         TypeError, ValueError: what the call itself would raise.
     """
+    check_names(kwargs)
     given: MoECall[Any] = MoECall(*args, **kwargs)
     call, choice = plan(given)
     check(call)

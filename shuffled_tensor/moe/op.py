@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor.layouts import Layout
-from shuffled_tensor.moe.call import ARGUMENTS, MoECall, PackedWeight, check, pack, schema, to_operator, unpack
+from shuffled_tensor.moe.call import MoECall, PackedWeight, check, check_names, pack, schema, to_operator, unpack
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -46,8 +46,8 @@ class Choice(NamedTuple):
     passed_over: dict[str, str]
     """Why each preferred backend does not take the call."""
     candidates: str
-    """This backend, and those that would take the call if it were refused after all: see
-    :meth:`MoECall.with_backends`."""
+    """This backend, and those that would take the call if it were refused after all, ``"aiter, reference"``: which one
+    takes it may depend on how many tokens come, and a compiler traces with any number of them."""
     run: Callable[[MoECall[PackedWeight]], Tensor]
     describe: Callable[[MoECall[PackedWeight]], Description]
     warn: Callable[[], None]
@@ -98,9 +98,7 @@ def fused_moe(
         TypeError, ValueError: arguments that do not fit each other or are not known; the message says what was found
             and what is accepted.
     """
-    for name in options:
-        if name not in ARGUMENTS:
-            raise TypeError(f"fused_moe() got an unexpected keyword argument {name!r}")
+    check_names(options)
     given = {name: to_operator(name, value) for name, value in options.items()}
     return torch.ops.shuffled_tensor.fused_moe.default(  # type: ignore[no-any-return]
         hidden_states, w13, w2, topk_weight, topk_ids, **given
@@ -114,7 +112,8 @@ def _lower(*arguments: Any) -> Tensor:
     call, choice = plan(given)
     storages = [weight._storage for weight in (given.w13, given.w2)]
     wanted = layouts_in_use(choice, *storages)
-    if any(layout not in (None, storage.layout) for layout, storage in zip(wanted, storages, strict=True)):
+    found = call.w13.layout, call.w2.layout  # as the call has them: another thread may have changed them since
+    if any(layout not in (None, have) for layout, have in zip(wanted, found, strict=True)):
         check(call)  # and the layouts, before anything is changed
         check_layouts(choice, *storages)
         for storage, layout in zip(storages, wanted, strict=True):
@@ -122,7 +121,8 @@ def _lower(*arguments: Any) -> Tensor:
                 storage.convert_layout_(layout)
         call, choice = plan(given)
     choice.warn()
-    return torch.ops.shuffled_tensor.fused_moe_packed(*pack(call.with_backends(choice.candidates)))  # type: ignore[no-any-return]
+    call.backend = choice.candidates  # type: ignore[assignment]  # several names, not one of a user's
+    return torch.ops.shuffled_tensor.fused_moe_packed(*pack(call))  # type: ignore[no-any-return]
 
 
 def plan(given: MoECall[Tensor]) -> tuple[MoECall[PackedWeight], Choice]:

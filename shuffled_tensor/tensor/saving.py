@@ -9,7 +9,6 @@ read forever. A later version may add a key, with a meaning for files that do no
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
@@ -95,7 +94,7 @@ def _requested(storage: PackedStorage) -> str | None:
     return None if storage.requested_layout is None else storage.requested_layout.name
 
 
-def _reduce_weight(weight: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
+def _reduce_weight(weight: ShuffledMXFP4Tensor, protocol: Any) -> tuple[Any, ...]:
     if isinstance(weight._storage.qdata, FakeTensor):
         # Nobody saves those: torch before 2.12 makes a key for its compile caches this way.
         return str, (weight._stable_hash_for_caching(),)
@@ -107,8 +106,9 @@ def _reduce_weight(weight: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
     return rebuild_weight, (weight._storage, state)
 
 
-copyreg.pickle(PackedStorage, _reduce_storage)
-copyreg.pickle(ShuffledMXFP4Tensor, _reduce_weight)
+# Here, and not in the classes, so that what makes a file and what reads it stand side by side.
+PackedStorage.__reduce__ = _reduce_storage  # type: ignore[method-assign, assignment]
+ShuffledMXFP4Tensor.__reduce_ex__ = _reduce_weight  # type: ignore[method-assign, assignment]
 
 
 def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:

@@ -136,10 +136,10 @@ class PackedStorage:
             self.check_readable()
             if layout is self.layout:
                 return
-            if self.locked_layout not in (None, layout):
+            if self.locked_layout is not None and self.locked_layout is not layout:
                 raise RuntimeError(
-                    f"the bytes were handed out by as_kernel_operands() laid out as {self.layout.name!r}, so they "
-                    f"cannot be brought into {layout.name!r} under their holder; clone() the tensor"
+                    f"the bytes were handed out by as_kernel_operands() laid out as {self.locked_layout.name!r}, so "
+                    f"they cannot be brought into {layout.name!r} under their holder; clone() the tensor"
                 )
             if self.layout.same_bytes(layout, self.geometry.gate_up):
                 self.layout = layout
@@ -236,9 +236,11 @@ class PackedStorage:
         """The bytes are a weight in `layout` again; bring them into the one that they should have."""
         if self.layout is ROW_MAJOR:
             self._rewrite_pads()
-        layout = self.validity.recover() or self.locked_layout
+        self.validity.recover()
+        layout = self.validity.layout_after_refit or self.locked_layout
         if layout is not None:
             self.convert_layout_(layout)
+        self.validity.layout_after_refit = None
 
     def check_readable(self) -> None:
         """Raise RuntimeError where the bytes are not a weight: while a refit writes them, and after one failed."""
@@ -317,7 +319,7 @@ class PackedStorage:
             target = own[slice_of(experts)]
             if self.layout is ROW_MAJOR:
                 geometry.put(part, target, values[place], window.rows, window.columns)
-                if self.whole_rows(window):
+                if geometry.padded and self.whole_rows(window):
                     geometry.rewrite_pads(part, target)
             elif self.whole_rows(window):
                 target.copy_(order.shuffle(geometry.pad(part, values[place])))

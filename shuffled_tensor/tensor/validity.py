@@ -29,6 +29,8 @@ class Validity:
     =========== ============================ ================================================
     VALID       :meth:`changing`, inside     INVALID; back to VALID at its end, or INVALID
                                              for good after an exception
+    INVALID     :meth:`changing`             INVALID: a write that is not known to be whole mends nothing
+    REFIT       :meth:`changing`             REFIT
     VALID       :meth:`open_refit`           REFIT
     INVALID     :meth:`open_refit`           REFIT, where an abandoned refit is taken up
     REFIT       :meth:`abandon_refit`        INVALID
@@ -42,7 +44,7 @@ class Validity:
     def __init__(self) -> None:
         self.state = State.VALID
         self.layout_after_refit: Layout | None = None
-        """While a refit is open or was abandoned: the layout to return to."""
+        """While a refit is open, or was abandoned or could not be closed: the layout to return to."""
         self._reason: str | None = None
 
     @property
@@ -79,8 +81,6 @@ class Validity:
         self.state = State.INVALID
         self._reason = f"a refit ended early ({type(error).__name__}), and its bytes may be partly old and partly new"
 
-    def recover(self) -> Layout | None:
-        """The bytes are a weight again. Returns the layout that a refit has taken off."""
-        layout, self.layout_after_refit = self.layout_after_refit, None
+    def recover(self) -> None:
+        """The bytes are a weight again."""
         self.state, self._reason = State.VALID, None
-        return layout

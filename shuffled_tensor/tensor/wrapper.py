@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 from shuffled_tensor.layouts import find_layout
 from shuffled_tensor.mxfp4 import CODES, SCALES, Part
@@ -155,7 +155,7 @@ class Wrapper(StorageTensor):
         storage = self._storage
         storage.check_readable()
         layout = policy.current.layout_at_first_use(self.device, storage.requested_layout)
-        if layout is not None and is_real(storage.qdata):
+        if layout is not None and layout is not storage.layout and is_real(storage.qdata):
             storage.convert_layout_(layout)
         requested = storage.requested_layout
         # Names, because dynamo's guards compare them.
@@ -174,6 +174,10 @@ class Wrapper(StorageTensor):
         requested_layout = None if requested is None else find_layout(requested)
         storage = PackedStorage(qdata, scale, geometry, find_layout(layout), requested_layout)
         return cls._wrap(storage, storage.whole(), rank, dtype)
+
+    @classmethod
+    def _corrected(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        return return_and_correct_aliasing(func, args, kwargs, out) if isinstance(out, cls) else out
 
     def _stable_hash_for_caching(self) -> str:
         """What distinguishes a compiled artefact in torch's caches: layout and sizes, and who would run it."""

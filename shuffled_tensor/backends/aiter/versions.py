@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""AMD's aiter: which version of its API is installed, what that one reads, and how it is called. The only file that
-imports aiter.
+"""AMD's aiter: which version of its API is installed, and what that one reads. The only file that imports aiter.
 
 The layout that its a4w4 kernels read, and the tags by which they are told, changed meaning several times, and release
 numbers do not tell: what is installed is found by its signatures. A version has the name of the pull request of
