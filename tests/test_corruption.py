@@ -368,14 +368,14 @@ LYING_MANIFESTS: dict[str, tuple[Edit, str | tuple[str, str]]] = {
     "an unknown kind": (says(kind="mxfp4_turbo"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: unknown shuffle_kind 'mxfp4_turbo'; known: 'none', 'mxfp4_moe', 'mxfp4_separated'"),
     "another kind": (says(kind="mxfp4_separated"), f"{NAME}.w13_weight in PATH is damaged: its values have checksum 25fa0d74173b..., the manifest says 7b5d33f5c1cb..."),
     "row-major": (says(kind="none", padded=None), f"{NAME}.w13_weight.qdata in PATH has shape [2, 512, 128], not [2, 128, 32]"),
-    "row-major in padded sizes": (says(kind="none"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 128] for kind 'none', which has None"),
+    "row-major in padded sizes": (says(kind="none"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 128] for layout 'none', which has None"),
     "other sizes": (says(shape=[2, 512, 64]), (f"{NAME}.w13_bias in PATH has shape [2, 128], not [2, 512]", f"{NAME}.w13_weight in PATH is damaged: its values have checksum 104a750d7997..., the manifest says 7b5d33f5c1cb...")),
     "other sizes, the same padded": (says(shape=[2, 120, 64]), (f"{NAME}.w13_bias in PATH has shape [2, 128], not [2, 120]", f"{NAME}.w13_weight in PATH is damaged: its values have checksum ce4b998b253a..., the manifest says 7b5d33f5c1cb...")),
     "one expert more": (says(shape=[3, 128, 64]), f"{NAME}.w13_weight.qdata in PATH has shape [2, 512, 128], not [3, 512, 128]"),
     "no sizes": (says(shape=[]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape []"),
     "sizes that are none": (says(shape=["2", 128, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape ['2', 128, 64]"),
-    "an endless size": (says(shape=[2, 10**30, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 128] for kind 'mxfp4_moe', which has [1000000000000000000000000000000, 128]"),
-    "other padded sizes": (says(padded=[512, 512]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 512] for kind 'mxfp4_moe', which has [512, 128]"),
+    "an endless size": (says(shape=[2, 10**30, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 128] for layout 'mxfp4_moe', which has [1000000000000000000000000000000, 128]"),
+    "other padded sizes": (says(padded=[512, 512]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 512] for layout 'mxfp4_moe', which has [512, 128]"),
     "not gate and up": (says(gate_up=False, padded=[256, 128]), (f"{NAME}.w13_weight.qdata in PATH is [2, 128, 64] with gate_up=False by its manifest, not [experts, N, K] with gate_up=True", f"{NAME}.w13_weight.qdata in PATH has shape [2, 512, 128], not [2, 256, 128]")),
     "an unknown dtype": (says(dtype="int4"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: dtype 'int4'"),
     "an unknown target": (says(shuffle_kind="fast"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: unknown shuffle_kind 'fast'; known: 'none', 'mxfp4_moe', 'mxfp4_separated'"),
@@ -663,7 +663,7 @@ def test_pads_after_a_refit_that_was_abandoned(tmp_path: Path) -> None:
     """Loading makes the weight usable again, so its pads must be what they are defined to be."""
     path = tmp_path / "model.safetensors"
     plain_save_file(quark(), path)
-    for kind in ("none", "mxfp4_moe"):
+    for layout in ("none", "mxfp4_moe"):
         model = module_of({NAME: DENSE}, kind, bias=False)
         weight = model.get_submodule(NAME).w2_weight
 
