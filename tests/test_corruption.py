@@ -663,7 +663,7 @@ def test_pads_after_a_refit_that_was_abandoned(tmp_path: Path) -> None:
     """Loading makes the weight usable again, so its pads must be what they are defined to be."""
     path = tmp_path / "model.safetensors"
     plain_save_file(quark(), path)
-    for layout in ("none", "mxfp4_moe"):
+    for kind in ("none", "mxfp4_moe"):
         model = module_of({NAME: DENSE}, kind, bias=False)
         weight = model.get_submodule(NAME).w2_weight
 
