@@ -27,6 +27,8 @@ __all__ = [
     "ROW_MAJOR",
     "Layout",
     "find_layout",
+    "layout_or_none",
+    "name_or_none",
     "shuffle_scale",
     "shuffle_weight",
     "unshuffle_scale",
@@ -57,6 +59,9 @@ class Order:
     part: Part
     pattern: str
     sizes: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        self._axes  # noqa: B018  (a pattern that is none is found here, not when a weight is first laid out)
 
     @cached_property
     def _axes(self) -> tuple[list[str], list[str], list[str]]:
@@ -176,6 +181,9 @@ class Layout:
     gate_up: tuple[str, str]
     sizes: tuple[tuple[str, int], ...] = tuple(_SIZES.items())
 
+    def __post_init__(self) -> None:
+        self._orders  # noqa: B018  (its patterns are looked at now)
+
     @cached_property
     def _orders(self) -> dict[tuple[Part, bool], Order]:
         return {
@@ -230,6 +238,20 @@ def find_layout(name: str) -> Layout:
     if found is None:
         raise ValueError(f"unknown shuffle_kind {name!r}; known: {', '.join(map(repr, LAYOUTS))}")
     return found
+
+
+def layout_or_none(shuffle_kind: str | None) -> Layout | None:
+    """The layout that a caller, a file or another process has fixed by its name, or None.
+
+    Raises:
+        ValueError: as :func:`find_layout`.
+    """
+    return None if shuffle_kind is None else find_layout(shuffle_kind)
+
+
+def name_or_none(layout: Layout | None) -> str | None:
+    """The other way round."""
+    return None if layout is None else layout.name
 
 
 def shuffle_weight(qdata: Tensor, shuffle_kind: str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import find_layout
+from shuffled_tensor.layouts import layout_or_none
 from shuffled_tensor.mxfp4 import ScaleRule
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
@@ -74,8 +74,7 @@ def wrap_experts_(
         for names in ((w13, w13_scale, gate_up), (w2, w2_scale, down))
     ]
     check_logical_dtype(dtype)
-    if shuffle_kind is not None:
-        find_layout(shuffle_kind)
+    layout_or_none(shuffle_kind)  # an unknown one is found before anything changes
     scales: dict[object, object] = {}
     for owner, prefix, tied, name, scale, order in weights:
         with _naming(f"{prefix}{name}"):
@@ -144,8 +143,7 @@ def quantize_experts_(
         for owner, prefix in owners
         for names in ((w13, gate_up), (w2, down))
     ]
-    if shuffle_kind is not None:
-        find_layout(shuffle_kind)
+    layout_or_none(shuffle_kind)  # an unknown one is found before anything changes
     for owner, prefix, _, name, order in weights:
         with _naming(f"{prefix}{name}"):
             values: Tensor = getattr(owner, name)

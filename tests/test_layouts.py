@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,19 @@ def test_nothing_is_written_when_sizes_do_not_tile() -> None:
     with pytest.raises(ValueError, match="N=24"):
         shuffle_weight(data, "mxfp4_moe", gate_up=False, out=data)
     assert torch.equal(data, coded(2, 24, 16))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "e (n r) c -> e n c",  # an axis is lost
+        "e (n r) c -> e n c r q",  # one is new
+        "e (r h) c -> e r h c",  # rows without n
+        "e (n r) (t q) -> e n t q r",  # columns without c
+        "e (n g r) c -> e n g c r",  # gate and up inside the tiles
+        "e n c",
+    ],
+)
+def test_a_pattern_that_is_none_is_found_when_its_row_is_made(pattern: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"found {pattern!r}")):
+        layouts.Layout("bad", down=(pattern, "e n c -> e n c"), gate_up=("e n c -> e n c",) * 2)

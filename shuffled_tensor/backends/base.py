@@ -86,7 +86,7 @@ def select(call: MoECall[PackedWeight], wanted: str | None) -> Choice:
         backend = BACKENDS[name]
         reason = backend.available(device) or backend.refuse(call)
         if reason is None:
-            warn = partial(_warn, name, passed_over, device) if passed_over else _no_warning
+            warn = partial(_warn, name, passed_over, device)
             return Choice(
                 name, backend.layout(device), passed_over, ", ".join(names[place:]), backend.run, backend.describe, warn
             )
@@ -101,10 +101,6 @@ def _warn(backend: str, passed_over: dict[str, str], device: torch.device) -> No
     for name, reason in passed_over.items():
         if BACKENDS[name].arch == arch(device):
             _warn_once(backend, name, reason)
-
-
-def _no_warning() -> None:
-    pass
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shuffled_tensor.checkpoint.source import BROKEN, CheckpointError
-from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout
+from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import BLOCK, CODES, Part
 from shuffled_tensor.tensor.geometry import Geometry
 
@@ -70,7 +70,7 @@ def dump(entries: Mapping[str, Entry]) -> dict[str, str]:
             "shape": entry.shape,
             "padded": entry.padded,
             "dtype": str(entry.dtype).removeprefix("torch."),
-            "shuffle_kind": None if entry.requested_layout is None else entry.requested_layout.name,
+            "shuffle_kind": name_or_none(entry.requested_layout),
             "checksum": entry.checksum,
         }
         for name, entry in entries.items()
@@ -113,7 +113,7 @@ def parse(metadata: Mapping[str, str], file: Path) -> dict[str, Entry]:
 
 def _entry(raw: dict[str, Any]) -> Entry:
     shape = tuple(raw["shape"])
-    requested, checksum = raw["shuffle_kind"], raw["checksum"]
+    checksum = raw["checksum"]
     if not (len(shape) in (2, 3) and all(type(size) is int and size > 0 for size in shape) and shape[-1] % BLOCK == 0):
         raise ValueError(f"shape {list(shape)}")
     if type(raw["gate_up"]) is not bool or (raw["gate_up"] and shape[-2] % 2):
@@ -127,7 +127,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         raw["gate_up"],
         shape,
         _DTYPES[raw["dtype"]],
-        None if requested is None else find_layout(requested),
+        layout_or_none(raw["shuffle_kind"]),
         checksum,
     )
     if raw["padded"] != entry.padded:

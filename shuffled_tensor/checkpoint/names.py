@@ -99,24 +99,27 @@ class _Name(NamedTuple):
 
 
 def _parse(name: str, format: str) -> _Name | None:
-    parts = PART_NAMES[format]
-    for row in PROJECTIONS:
-        if format in row.formats:
-            match = _pattern(row.before, *row.names, "", *parts).fullmatch(name)
-            if match is not None:
-                expert = int(match["expert"] or 0) if "expert" in match.re.groupindex else None
-                which, half = row.names[match["projection"]]
-                part, own = parts[match["part"]], match["part"] == next(iter(parts))
-                return _Name(match["prefix"] or "", which, half, part, expert, row.row_order, own)
+    for pattern, row in _patterns(format):
+        match = pattern.fullmatch(name)
+        if match is not None:
+            expert = int(match["expert"] or 0) if "expert" in pattern.groupindex else None
+            which, half = row.names[match["projection"]]
+            parts = PART_NAMES[format]
+            part, own = parts[match["part"]], match["part"] == next(iter(parts))
+            return _Name(match["prefix"] or "", which, half, part, expert, row.row_order, own)
     return None
 
 
 @cache
-def _pattern(before: str, *names: str) -> re.Pattern[str]:
-    """Of projections, and behind an empty name of parts."""
-    end = names.index("")
-    projections, parts = ("|".join(map(re.escape, some)) for some in (names[:end], names[end + 1 :]))
-    return re.compile(f"{before}(?P<projection>{projections})(?P<part>{parts})")
+def _patterns(format: str) -> list[tuple[re.Pattern[str], Projections]]:
+    """Of the names in a format, each with its row of projections."""
+    parts = "|".join(map(re.escape, PART_NAMES[format]))
+    rows = [row for row in PROJECTIONS if format in row.formats]
+    projections = ["|".join(map(re.escape, row.names)) for row in rows]
+    return [
+        (re.compile(f"{row.before}(?P<projection>{names})(?P<part>{parts})"), row)
+        for row, names in zip(rows, projections, strict=True)
+    ]
 
 
 class Layer(NamedTuple):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shuffled_tensor.device import arch
+from shuffled_tensor.layouts import name_or_none
 from shuffled_tensor.moe.call import MoECall, check, check_names
 from shuffled_tensor.moe.op import check_layouts, layouts_in_use, plan
 from shuffled_tensor.tensor import policy
@@ -67,7 +68,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         arch=arch(device),
         installed=policy.current.installed(device),
         backend=choice.backend,
-        layout=None if choice.layout is None else choice.layout.name,
+        layout=name_or_none(choice.layout),
         shuffles={
             name: layout.name
             for (name, storage), layout in layouts

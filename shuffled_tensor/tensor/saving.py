@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from shuffled_tensor.layouts import find_layout
+from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.tensor.geometry import Geometry, Window
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -46,13 +46,8 @@ def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> Pack
         ValueError: the file is of a later version.
     """
     _check_keys(state, "gate_up", "shuffle_kind")
-    name = state["shuffle_kind"]
-    return PackedStorage.pack(
-        qdata,
-        scale,
-        gate_up=state["gate_up"],
-        requested_layout=None if name is None else find_layout(name),
-    )
+    layout = layout_or_none(state["shuffle_kind"])
+    return PackedStorage.pack(qdata, scale, gate_up=state["gate_up"], requested_layout=layout)
 
 
 @_frozen
@@ -87,11 +82,8 @@ def _reduce_storage(storage: PackedStorage) -> tuple[Any, ...]:
     # What is written is canonical and without padding, whatever the layout in memory: a file does not depend on a GPU
     # or on what computes there.
     qdata, scale = storage.canonical(storage.experts)
-    return rebuild_storage, (qdata, scale, {"gate_up": storage.geometry.gate_up, "shuffle_kind": _requested(storage)})
-
-
-def _requested(storage: PackedStorage) -> str | None:
-    return None if storage.requested_layout is None else storage.requested_layout.name
+    state = {"gate_up": storage.geometry.gate_up, "shuffle_kind": name_or_none(storage.requested_layout)}
+    return rebuild_storage, (qdata, scale, state)
 
 
 def _reduce_weight(weight: ShuffledMXFP4Tensor, protocol: Any) -> tuple[Any, ...]:
@@ -118,16 +110,14 @@ def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:
     """
     with storage.held():
         storage.sent = True
-        layouts = storage.layout.name, _requested(storage)
+        layouts = storage.layout.name, name_or_none(storage.requested_layout)
         return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), *layouts)
 
 
 def _receive_storage(
-    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], layout: str, requested: str | None
+    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], layout: str, shuffle_kind: str | None
 ) -> PackedStorage:
-    storage = PackedStorage(
-        qdata, scale, Geometry(*geometry), find_layout(layout), None if requested is None else find_layout(requested)
-    )
+    storage = PackedStorage(qdata, scale, Geometry(*geometry), find_layout(layout), layout_or_none(shuffle_kind))
     storage.sent = True
     return storage
 

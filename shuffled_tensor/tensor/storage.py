@@ -275,15 +275,14 @@ class PackedStorage:
         halves, tile = self.geometry.halves, self.layout.row_tile(self.geometry.gate_up)
         tiles = range(rows.start // tile * tile, round_up(rows.stop, tile))
         own = slice(rows.start - tiles.start, rows.stop - tiles.start)
+
+        def of(part: Part, data: Tensor) -> Tensor:
+            order = self.order(part)
+            found: Tensor = order.unshuffle(order.tiles(data, halves, tiles)).unflatten(1, (halves, -1))
+            return found[:, :, own, : self.geometry.columns // part.per_byte]
+
         with self.held():
-            orders = [self.order(part) for part in PARTS]
-            picked = [
-                order.tiles(data, halves, tiles) for order, data in zip(orders, self.select(experts), strict=True)
-            ]
-            qdata, scale = (
-                order.unshuffle(data).unflatten(1, (halves, -1))[:, :, own, : self.geometry.columns // part.per_byte]
-                for part, order, data in zip(PARTS, orders, picked, strict=True)
-            )
+            qdata, scale = map(of, PARTS, self.select(experts))
         return qdata, scale
 
     def whole_rows(self, window: Window) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout
+from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
@@ -69,14 +69,14 @@ class ShuffledMXFP4Tensor(Wrapper):
         check_parts(qdata, scale)
         check_row_order(gate_up, row_order, qdata.shape[-2])
         check_logical_dtype(dtype)
-        requested = None if shuffle_kind is None else find_layout(shuffle_kind)
+        layout = layout_or_none(shuffle_kind)
         with torch.no_grad():
             qdata, scale = (data.detach().view(torch.uint8) for data in (qdata, scale))
             rank = qdata.dim()
             if rank == 2:
                 qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
             storage = PackedStorage.pack(
-                qdata, scale, gate_up=gate_up, interleaved=row_order == "interleaved", requested_layout=requested
+                qdata, scale, gate_up=gate_up, interleaved=row_order == "interleaved", requested_layout=layout
             )
         return cls._wrap(storage, storage.whole(), rank, dtype)
 
@@ -128,8 +128,7 @@ class ShuffledMXFP4Tensor(Wrapper):
     def shuffle_kind(self) -> str | None:
         """The layout that the bytes are in, or will be shuffled into: None as long as nobody has decided."""
         storage = self._storage
-        layout = storage.layout if self.is_shuffled else storage.requested_layout
-        return None if layout is None else layout.name
+        return name_or_none(storage.layout if self.is_shuffled else storage.requested_layout)
 
     @property
     def is_shuffled(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
-from shuffled_tensor.layouts import find_layout
+from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, SCALES, Part
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import StorageTensor
@@ -157,22 +157,20 @@ class Wrapper(StorageTensor):
         layout = policy.current.layout_at_first_use(self.device, storage.requested_layout)
         if layout is not None and layout is not storage.layout and is_real(storage.qdata):
             storage.convert_layout_(layout)
-        requested = storage.requested_layout
         # Names, because dynamo's guards compare them.
-        names = storage.layout.name, None if requested is None else requested.name
+        names = storage.layout.name, name_or_none(storage.requested_layout)
         return [CODES.name, SCALES.name], (storage.geometry, *names, self.dtype)
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Sequence[int], outer_stride: Sequence[int]
     ) -> Self:
-        geometry, layout, requested, dtype = context
+        geometry, layout, shuffle_kind, dtype = context
         qdata, scale = inner[CODES.name], inner[SCALES.name]
         rank = qdata.dim()
         if rank == 2:
             qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
-        requested_layout = None if requested is None else find_layout(requested)
-        storage = PackedStorage(qdata, scale, geometry, find_layout(layout), requested_layout)
+        storage = PackedStorage(qdata, scale, geometry, find_layout(layout), layout_or_none(shuffle_kind))
         return cls._wrap(storage, storage.whole(), rank, dtype)
 
     @classmethod

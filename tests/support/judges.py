@@ -82,15 +82,12 @@ def by_formula(part: str, data: Tensor, kind: str, gate_up: bool) -> Tensor:
     out = torch.empty_like(data)
     _, rows, width = data.shape
     n, b = torch.arange(rows).unsqueeze(1), torch.arange(width).unsqueeze(0)
-    if kind == "made_up":
-        offset = _made_up_offset(part, rows, width, n, b, gate_up)
-        for source, target in zip(data, out, strict=True):
-            target.view(-1)[offset.flatten()] = source.flatten()
-        return out
     if kind == "mxfp4_moe" and gate_up:
         gate, i = n // (rows // 2), n % (rows // 2)
         n = 32 * (i // 16) + 16 * gate + i % 16
-    if part == "weight":
+    if kind == "made_up":
+        offset = _made_up_offset(part, rows, width, n, b, gate_up)
+    elif part == "weight":
         offset = (n // 16) * 16 * width + (b // 16) * 256 + (n % 16) * 16 + b % 16
     else:
         offset = (
