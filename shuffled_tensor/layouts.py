@@ -96,13 +96,20 @@ class Order:
         tile = math.prod(dict(self.sizes)[axis] for axis in self._axes[1] if axis != "c")
         return tile * self.part.element.itemsize * self.part.per_byte
 
-    def shuffle(self, data: Tensor, out: Tensor | None = None) -> Tensor:
-        """From row-major uint8 ``[E, N, bytes]`` into this order; in place where ``out`` is ``data``."""
-        return self._move(data, out, inverse=False)
+    def shuffle(self, data: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+        """From row-major uint8 ``[E, N, bytes]`` into this order; in place where ``out`` is ``data``, by way of
+        :meth:`scratch`."""
+        return self._move(data, out, scratch, inverse=False)
 
-    def unshuffle(self, data: Tensor, out: Tensor | None = None) -> Tensor:
+    def unshuffle(self, data: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """The inverse of :meth:`shuffle`."""
-        return self._move(data, out, inverse=True)
+        return self._move(data, out, scratch, inverse=True)
+
+    def scratch(self, data: Tensor) -> Tensor:
+        """What moving uint8 ``[E, N, bytes]`` in place needs: some of the experts, at least one."""
+        limit = _IN_PLACE_SCRATCH.get(data.device.type, MAX_SCRATCH)
+        first = next(expert_chunks(len(data), data[:1].nbytes, limit), slice(0))
+        return torch.empty_like(data[first], memory_format=torch.contiguous_format)
 
     def tiles(self, data: Tensor, halves: int, rows: range) -> Tensor:
         """Some rows (from a multiple of :attr:`row_tile` to another) of each half of experts that lie in this order, in
@@ -125,7 +132,7 @@ class Order:
         sizes["c"] = width // math.prod(sizes[axis] for axis in columns if axis != "c")
         return [len(data), *(sizes[axis] for axis in memory)]
 
-    def _move(self, data: Tensor, out: Tensor | None, *, inverse: bool) -> Tensor:
+    def _move(self, data: Tensor, out: Tensor | None, scratch: Tensor | None, *, inverse: bool) -> Tensor:
         in_place = out is data or (out is not None and out.is_set_to(data))  # traced tensors know no memory to compare
         rows, columns, memory = self._axes
         if memory == rows + columns:  # nothing changes its place
@@ -138,12 +145,11 @@ class Order:
         if not in_place:
             self._permute(source, target, inverse)
             return out
-        limit = _IN_PLACE_SCRATCH.get(data.device.type, MAX_SCRATCH)
-        chunks = list(expert_chunks(len(source), data.nbytes // len(source), limit))
-        scratch = torch.empty_like(target[chunks[0]])
-        for experts in chunks:
-            chunk = target[experts]
-            self._permute(scratch[: len(chunk)].copy_(chunk), chunk, inverse)
+        scratch = self.scratch(data) if scratch is None else scratch
+        free = scratch.view(self.part.element)
+        for start in range(0, len(target), len(free)):
+            chunk = target[start : start + len(free)]
+            self._permute(free[: len(chunk)].copy_(chunk), chunk, inverse)
         return out
 
     def _permute(self, source: Tensor, target: Tensor, inverse: bool) -> None:

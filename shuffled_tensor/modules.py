@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -224,20 +224,16 @@ def refit(module: _Module) -> Iterator[_Module]:
     storages = weights_of(module)
     for storage in storages:
         storage.check_refit()
-    with ExitStack() as stack:
-        for storage in storages:
-            stack.enter_context(_open(storage))
-        yield module
-
-
-@contextmanager
-def _open(storage: PackedStorage) -> Iterator[None]:
-    storage.open_refit()
+    mark = object()  # a weight that another refit has opened meanwhile is that one's to end
     try:
-        yield
-        storage.close_refit()
+        for storage in storages:
+            storage.open_refit(mark)
+        yield module
+        for storage in storages:
+            storage.close_refit()
     except BaseException as error:
-        storage.validity.abandon_refit(error)
+        for storage in storages:
+            storage.validity.abandon_refit(mark, error)
         raise
 
 

@@ -63,7 +63,7 @@ def test_unshuffled_bytes_taken_for_shuffled_ones_are_garbage() -> None:
         w13, w2 = golden_weights({name: data.clone() for name, data in golden.items()})
         lying = {"w13": w13, "w2": w2}[mistaken]
         (w2 if lying is w13 else w13).shuffle_("mxfp4_separated")
-        lying._storage.layout = LAYOUTS["mxfp4_separated"]
+        lying._storage.validity.layout = LAYOUTS["mxfp4_separated"]
         assert cosine(golden_output(golden, w13, w2), golden["out"]) < 0.5
 
 

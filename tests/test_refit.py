@@ -539,7 +539,7 @@ def test_a_refit_that_could_not_be_closed_is_taken_up_by_another(monkeypatch: py
     module = module_with(weight_of(marked_parts(*SMALL), "mxfp4_moe"))
     new = marked_parts(*SMALL, salt=1)
     with monkeypatch.context() as patch, pytest.raises(MemoryError), refit(module):
-        patch.setattr(storage.PackedStorage, "_permute_", lambda self, layout: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(storage.PackedStorage, "_move", lambda *move: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(RuntimeError, match=r"a refit ended early \(MemoryError\)"):
         module.w13.dequantize()
     with refit(module):

@@ -208,6 +208,7 @@ def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
     storage, experts = tensor._storage, tensor._window.experts
     with tensor.writing():
         if storage.layout is ROW_MAJOR and storage.qdata.device.type == "cpu" and not tensor.is_part_of_experts:
+            storage.touch()
             _read_into(weight, cut, storage, experts)
             return
         for own, expert in zip(experts, cut.experts, strict=True):

@@ -7,7 +7,9 @@ so that no compiler can lose them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, NoReturn, ParamSpec
 
 import torch
@@ -111,18 +113,25 @@ def _lower(*arguments: Any) -> Tensor:
     given = unpack(arguments, packed=False)
     call, choice = plan(given)
     storages = [weight._storage for weight in (given.w13, given.w2)]
-    wanted = layouts_in_use(choice, *storages)
-    found = call.w13.layout, call.w2.layout  # as the call has them: another thread may have changed them since
-    if any(layout not in (None, have) for layout, have in zip(wanted, found, strict=True)):
-        check(call)  # and the layouts, before anything is changed
-        check_layouts(choice, *storages)
-        for storage, layout in zip(storages, wanted, strict=True):
-            if layout is not None:
-                storage.convert_layout_(layout)
+    if _lay_out(call, choice, storages):
         call, choice = plan(given)
     choice.warn()
     call.backend = choice.candidates  # type: ignore[assignment]  # several names, not one of a user's
     return torch.ops.shuffled_tensor.fused_moe_packed(*pack(call))  # type: ignore[no-any-return]
+
+
+def _lay_out(call: MoECall[PackedWeight], choice: Choice, storages: Sequence[PackedStorage]) -> bool:
+    """Bring weights into the layouts that a call wants, where it does not have them so."""
+    wanted = layouts_in_use(choice, *storages)
+    found = call.w13.layout, call.w2.layout  # as the call has them: another thread may have changed them since
+    if all(layout in (None, have) for layout, have in zip(wanted, found, strict=True)):
+        return False
+    check(call)  # and the layouts, before anything is changed
+    check_layouts(choice, *storages)
+    for storage, layout in zip(storages, wanted, strict=True):
+        if layout is not None:
+            storage.convert_layout_(layout)
+    return True
 
 
 def plan(given: MoECall[Tensor]) -> tuple[MoECall[PackedWeight], Choice]:
@@ -199,9 +208,48 @@ def _plain(hidden_states: Tensor, w13: Tensor, w2: Tensor, *args: Any) -> NoRetu
 def _packed(*args: Any) -> Tensor:
     call = unpack(args, packed=True)
     check(call)
-    choice = _select(call, call.backend)
-    choice.warn()
-    return choice.run(call)
+    found = {
+        name: PackedStorage.owner_of(weight.qdata, weight.scale, weight.geometry)
+        for name, weight in (("w13", call.w13), ("w2", call.w2))
+    }
+    owned = {name: owner for name, owner in found.items() if owner is not None}
+    storages = [storage for storage, _ in owned.values()]
+    first, second, *_ = *(storage.lock for storage in sorted(storages, key=id)), nullcontext(), nullcontext()
+    running = threading.RLock()
+    with running:
+        with first, second:
+            choice = _begin(call, owned)
+            for storage in storages:
+                storage.running.add(running)
+        try:
+            choice.warn()
+            return choice.run(call)
+        finally:
+            for storage in storages:
+                storage.running.discard(running)
+
+
+def _begin(call: MoECall[PackedWeight], owned: dict[str, tuple[PackedStorage, range]]) -> Choice:
+    """Who takes a call, after it is told how weights that have an owner lie now: compiled code, an exported program and
+    the caller in another thread have said how they lay.
+
+    A CUDA graph that is being captured reads them so at every replay, so their layouts stay.
+    """
+    storages = [storage for storage, _ in owned.values()]
+
+    def choose() -> Choice:
+        for name, (storage, experts) in owned.items():
+            storage.check_readable()
+            setattr(call, name, PackedWeight(*storage.select(experts), storage.layout, storage.geometry))
+        return _select(call, call.backend)
+
+    choice = choose()
+    if len(owned) == 2 and _lay_out(call, choice, storages):
+        choice = choose()
+    if call.w13.qdata.is_cuda and torch.cuda.is_current_stream_capturing():
+        for storage in storages:
+            storage.locked_layout = storage.layout
+    return choice
 
 
 def _packed_fake(*args: Any) -> Tensor:

@@ -69,6 +69,7 @@ class StorageTensor(Tensor):
                 cls, shape, dtype=dtype, device=storage.qdata.device, requires_grad=False
             )
         self._storage, self._window = storage, window
+        storage.own()
         return self
 
     def _no_memory(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -229,6 +229,7 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             assert isinstance(source, ShuffledMXFP4Tensor)  # for the type checker
         with locked(source._storage, storage), source._storage.held(), self.writing():
             if _same_bytes(self, source):
+                storage.touch()
                 for own, other in zip(_bytes_of(self), _bytes_of(source), strict=True):
                     own.copy_(other, non_blocking)
             else:
@@ -260,7 +261,9 @@ def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tens
     _check_source(self, source)
     if isinstance(source, ShuffledMXFP4Tensor) and source._storage is self._storage:
         source = source.clone()  # they may overlap
-    with self._storage.writing():
+    sources = [source._storage] if isinstance(source, ShuffledMXFP4Tensor) else []
+    every = len(chosen) == len(self._storage.experts) and self._storage.whole_rows(self._window)
+    with locked(self._storage, *sources), self._storage.writing(whole=every):
         for expert, values in zip(chosen, source.unbind(0), strict=True):
             copy_(select(self, 0, expert), values)
     return self

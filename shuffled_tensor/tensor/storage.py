@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from shuffled_tensor import mxfp4
+from shuffled_tensor import mxfp4, owners
 from shuffled_tensor.layouts import ROW_MAJOR, Layout, Order, expert_chunks, round_up
 from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.tensor.geometry import Geometry, Window, slice_of
+from shuffled_tensor.tensor.unwritten import Unwritten
 from shuffled_tensor.tensor.validity import State, Validity
 
 __all__ = ["PackedStorage", "checksum", "is_real", "locked"]
@@ -30,21 +34,24 @@ class PackedStorage:
         qdata: uint8 ``[E, padded_rows, padded_columns / 2]``.
         scale: uint8 ``[E, padded_rows, padded_columns / 32]``.
         geometry: logical and padded sizes.
-        layout: the one that the bytes are in now.
         requested_layout: the one that the caller fixed, or None where a backend decides at first use.
         locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None.
         sent: whether the memory was sent to another process.
-        validity: whether the bytes are a weight now.
+        validity: in which layout the bytes are, and whether they are a weight now.
+        lock: held wherever bytes and layout must agree.
+        running: of each call that reads the bytes now, a lock that it holds; nobody changes them before it is free.
     """
 
     __slots__ = (
         "__weakref__",
-        "_lock",
+        "_owned",
+        "_unwritten",
         "geometry",
-        "layout",
+        "lock",
         "locked_layout",
         "qdata",
         "requested_layout",
+        "running",
         "scale",
         "sent",
         "validity",
@@ -61,12 +68,61 @@ class PackedStorage:
         self.qdata = qdata
         self.scale = scale
         self.geometry = geometry
-        self.layout = layout
         self.requested_layout = requested_layout
         self.locked_layout: Layout | None = None
         self.sent = False
-        self.validity = Validity()
-        self._lock = threading.RLock()  # held wherever bytes and layout must agree
+        self.validity = Validity(layout)
+        self.lock = threading.RLock()
+        self.running: set[threading.RLock] = set()
+        self._owned: Tensor | None = None
+        self._unwritten: Unwritten | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The one that the bytes are in now."""
+        return self.validity.layout
+
+    def own(self) -> None:
+        """Tell whoever meets the bytes without this object that they are its."""
+        if self._owned is not self.qdata and is_real(self.qdata):
+            owners.register(self, self.validity, self.qdata, self.scale)
+            self._owned = self.qdata
+
+    @classmethod
+    def owner_of(cls, qdata: Tensor, scale: Tensor, geometry: Geometry) -> tuple[PackedStorage, range] | None:
+        """The storage whose bytes codes and scales ``[experts, ...]`` are, and which experts; None where nobody's.
+
+        Raises:
+            RuntimeError: they are a weight's, but not whole experts of it.
+        """
+        owner = owners.find(qdata) if is_real(qdata) else None
+        if owner is None:
+            return None
+        storage = owner.storage()
+        if storage is None:  # every tensor over these bytes has died; what was known of them was kept
+            storage = cls(qdata, scale, geometry)
+            storage.validity = owner.record
+            storage.own()
+        experts = storage.experts_of(qdata, scale)
+        if experts is None or storage.geometry != geometry:
+            raise RuntimeError(
+                f"these bytes are a part of a weight of {storage.geometry}, but no experts of it; clone() them"
+            )
+        return storage, experts
+
+    def experts_of(self, qdata: Tensor, scale: Tensor) -> range | None:
+        """Which experts codes and scales ``[experts, ...]`` show, where they are of these bytes."""
+        found = set()
+        for own, data in ((self.qdata, qdata), (self.scale, scale)):
+            each = own.stride(0)
+            step, between = divmod(data.stride(0), each) if len(data) > 1 else (1, 0)
+            first, within = divmod(data.data_ptr() - own.data_ptr(), each)
+            alike = data.dtype is own.dtype and (data.shape[1:], data.stride()[1:]) == (own.shape[1:], own.stride()[1:])
+            if not alike or between or within or step < 1:
+                return None
+            found.add(range(first, first + step * (len(data) - 1) + 1, step))
+        experts = found.pop()
+        return experts if not found and experts[-1] < len(self.qdata) else None
 
     @classmethod
     def pack(
@@ -85,9 +141,12 @@ class PackedStorage:
         if interleaved or geometry.padded:
             qdata, scale = (geometry.pad(part, data, interleaved=interleaved) for part, data in parts)
             return cls(qdata, scale, geometry, requested_layout=requested_layout)
-        # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often neither
+        # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often neither;
+        # and what is another weight's stays its own
         qdata, scale = (
-            data.contiguous() if data.storage_offset() % 16 == 0 else data.clone(memory_format=torch.contiguous_format)
+            data.contiguous()
+            if data.storage_offset() % 16 == 0 and not (is_real(data) and owners.owned(data))
+            else data.clone(memory_format=torch.contiguous_format)
             for _, data in parts
         )
         return cls(qdata, scale, geometry, requested_layout=requested_layout)
@@ -132,47 +191,76 @@ class PackedStorage:
         Raises:
             RuntimeError: the layout is locked, or a CUDA graph is being captured, which would replay the change.
         """
-        with self._lock:
+        with self.lock:
             self.check_readable()
             if layout is self.layout:
                 return
             if self.locked_layout is not None and self.locked_layout is not layout:
                 raise RuntimeError(
-                    f"the bytes were handed out by as_kernel_operands() laid out as {self.locked_layout.name!r}, so "
-                    f"they cannot be brought into {layout.name!r} under their holder; clone() the tensor"
+                    f"the bytes were handed out by as_kernel_operands(), or captured in a CUDA graph, laid out as "
+                    f"{self.locked_layout.name!r}, so they cannot be brought into {layout.name!r} under their holder; "
+                    "clone() the tensor"
                 )
-            if self.layout.same_bytes(layout, self.geometry.gate_up):
-                self.layout = layout
-            else:
-                self._permute_(layout)
+            self._permutation(layout)()
 
-    def _permute_(self, layout: Layout) -> None:
-        on_gpu = is_real(self.qdata) and self.qdata.device.type == "cuda"
+    def _permutation(self, layout: Layout) -> Callable[[], None]:
+        """What brings the bytes into a layout. All that may fail has been done when it is called."""
+        if self.layout.same_bytes(layout, self.geometry.gate_up):
+            return partial(setattr, self.validity, "layout", layout)
         move = f"{self.layout.name!r} to {layout.name!r}"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"a weight would be laid out anew ({move}) while a CUDA graph is being captured, and again at every "
                 "replay; call shuffled_tensor.prepare(module) before the capture"
             )
-        # A weight made inside a traced function is laid out anew in its graph, which the tracer must see.
-        outside_modes = _disable_current_modes() if is_real(self.qdata) else nullcontext()
-        with (
-            self.validity.changing(f"changing its layout from {move}"),
-            outside_modes,
-            torch.no_grad(),
-            torch.inference_mode(self.qdata.is_inference()),
-        ):
-            if on_gpu:  # kernels of other streams may still be reading the bytes
-                torch.cuda.synchronize(self.qdata.device)
+        with self._outside():
             # what another process may be reading is left as it is, and replaced
-            new = [torch.empty_like(data) if self.is_shared() else data for data in (self.qdata, self.scale)]
-            for part, data in zip(PARTS, new, strict=True):
-                self.order(part).unshuffle(self.bytes_of(part), out=data)
-                layout.order(part, self.geometry.gate_up).shuffle(data, out=data)
-            self.qdata, self.scale = new
-            if on_gpu:  # and others will read them as soon as this returns
-                torch.cuda.synchronize(self.qdata.device)
-            self.layout, self.sent = layout, False
+            parts = [torch.empty_like(data) if self.is_shared() else data for data in (self.qdata, self.scale)]
+            scratch = [self.order(part).scratch(data) for part, data in zip(PARTS, parts, strict=True)]
+        return partial(self._move, layout, parts, scratch, f"changing its layout from {move}")
+
+    def _move(self, layout: Layout, parts: list[Tensor], scratch: list[Tensor], what: str) -> None:
+        in_place = parts[0] is self.qdata
+        self._fence()
+        with self._outside(), self.validity.changing():
+            if in_place:
+                self.validity.touch(what)
+            for part, data, free in zip(PARTS, parts, scratch, strict=True):
+                self.order(part).unshuffle(self.bytes_of(part), out=data, scratch=free)
+                layout.order(part, self.geometry.gate_up).shuffle(data, out=data, scratch=free)
+            self._synchronize()  # others will read them as soon as this returns
+            if not in_place:
+                if self._owned is not None:  # who still has the old bytes has them as they are
+                    owners.register(None, Validity(self.layout), self.qdata, self.scale)
+                self.qdata, self.scale = parts
+                self.sent = False
+            self.validity.layout = layout
+        if not in_place and self._owned is not None:
+            self.own()
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Nobody traces what is done inside, except where a weight is made in a traced function: it is laid out in its
+        graph."""
+        modes = _disable_current_modes() if is_real(self.qdata) else nullcontext()
+        with modes, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+            yield
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.qdata.device.type == "cuda" and is_real(self.qdata)
+
+    def _fence(self) -> None:
+        """Wait until nobody reads the bytes any more: calls of other threads, and kernels on any stream."""
+        for call in tuple(self.running):
+            with call:
+                self.running.discard(call)
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        """Writes are rare: a fence around each costs less than to know which streams read."""
+        if self._on_gpu and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(self.qdata.device)
 
     def is_shared(self) -> bool:
         """Whether another process may hold this memory, so that a change of layout must replace it."""
@@ -182,70 +270,97 @@ class PackedStorage:
         """Raise RuntimeError where :meth:`open_refit` could not open one."""
         if self.validity.state is State.REFIT:
             raise RuntimeError("a refit of this weight is open already")
-        if self.validity.layout_after_refit is None:
-            self.check_readable()
-            if self.is_shared() and self.layout is not ROW_MAJOR:
-                raise RuntimeError(
-                    "another process may hold these bytes as they lie, so they cannot be refitted in place; write "
-                    "them with copy_ or load_state_dict"
-                )
+        if self.is_shared() and self.layout is not ROW_MAJOR:
+            raise RuntimeError(
+                "another process may hold these bytes as they lie, so they cannot be refitted in place; write "
+                "them with copy_ or load_state_dict"
+            )
 
-    def open_refit(self) -> None:
-        """Make the bytes row-major, where they are, for others to write; until the refit ends they are no weight."""
-        with self._lock:
+    def open_refit(self, refit: object) -> None:
+        """Make the bytes row-major, where they are, for others to write; until the refit ends they are no weight.
+
+        Where they are none already, as after a refit that ended early, this one must write everything.
+        """
+        with self.lock:
             self.check_refit()
             before = self.layout
-            if before is not ROW_MAJOR:
-                self._permute_(ROW_MAJOR)
-            self.validity.open_refit(before)
+            if self.validity.state is State.INVALID:
+                self._fence()
+                self.validity.open_refit(refit, before)
+                self.validity.layout = ROW_MAJOR
+                with self._outside():
+                    self._unwritten = Unwritten.fill(self.qdata, self.scale)
+            else:
+                to_row_major = self._permutation(ROW_MAJOR)
+                self.validity.open_refit(refit, before)
+                to_row_major()
+            self._fence()
 
     def close_refit(self) -> None:
-        """Take the row-major bytes for the new values, with their pads, and lay them out as they were before."""
-        with self._lock:
+        """Take the row-major bytes for the new values, with their pads, and lay them out as they were before.
+
+        Raises:
+            RuntimeError: it had to write everything, and has not.
+        """
+        with self.lock:
+            self._synchronize()
+            if self._unwritten is not None:
+                with self._outside():
+                    self._unwritten.check(self.geometry, self.qdata, self.scale)
             self._recover()
 
     def assume(self, layout: Layout) -> None:
         """Believe the caller that the bytes are a weight in this layout."""
-        with self._lock:
+        with self.lock:
             if self.validity.state is State.REFIT:
                 raise RuntimeError("a refit is open, and says what the bytes are when it ends")
-            self.layout = layout
+            self._fence()
+            self.validity.layout = layout
             if layout is not ROW_MAJOR:
                 self.validity.layout_after_refit = None
             self._recover()
 
+    def touch(self) -> None:
+        """To be called inside :meth:`writing` just before a byte is written, when nothing else can fail."""
+        self.validity.touch("writing to it")
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Nobody else lays the bytes out anew or writes them meanwhile."""
-        with self._lock:
+        with self.lock:
             self.check_readable()
             yield
 
     @contextmanager
     def writing(self, whole: bool = False) -> Iterator[None]:
         """Hold the bytes for a write; ``whole`` says that it leaves nothing as it was, so that what was wrong before is
-        over. An exception inside leaves them unusable."""
+        over. An exception after :meth:`touch` leaves them unusable."""
+        if is_real(self.qdata) and active_fake_mode() is not None:
+            raise RuntimeError("a weight that has bytes is not written under FakeTensorMode, where values have none")
         # bytes made in inference mode are written in it, wherever the writer is
-        with self._lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
-            with self.validity.changing("writing to it"):
+        with self.lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+            self._fence()
+            with self.validity.changing() as outermost:
                 yield
-            if whole and self.validity.state is State.INVALID:
+            if whole and outermost and self.validity.state is State.INVALID:
                 self._recover()
+            self._synchronize()
 
     def _recover(self) -> None:
         """The bytes are a weight in `layout` again; bring them into the one that they should have."""
+        layout = self.validity.layout_after_refit or self.locked_layout or self.layout
         if self.layout is ROW_MAJOR:
             self._rewrite_pads()
+        if layout is not self.layout:
+            self._permutation(layout)()
+        self._unwritten = None
         self.validity.recover()
-        layout = self.validity.layout_after_refit or self.locked_layout
-        if layout is not None:
-            self.convert_layout_(layout)
-        self.validity.layout_after_refit = None
+        self._synchronize()
 
     def check_readable(self) -> None:
         """Raise RuntimeError where the bytes are not a weight: while a refit writes them, and after one failed."""
         if self.validity.state is not State.VALID:
-            with self._lock:  # another thread may just be changing the layout
+            with self.lock:  # another thread may just be changing the layout
                 self.validity.check()
 
     def check_usable_as(self, layout: Layout) -> None:
@@ -306,26 +421,33 @@ class PackedStorage:
         return qdata, scale
 
     def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None) -> None:
-        """Write logical row-major codes, scales or both over a window, in whatever layout it lies, with its pads."""
+        """Write logical row-major codes, scales or both over a window, in whatever layout it lies, with the pads of its
+        experts."""
+        given = zip(PARTS, (qdata, scale), strict=True)
+        parts = [(part, values.to(self.qdata.device)) for part, values in given if values is not None]
         with self.writing():
-            for part, values in zip(PARTS, (qdata, scale), strict=True):
-                if values is not None:
-                    self._write_part(part, window, values.to(self.qdata.device))
+            for part, values in parts:
+                self._write_part(part, window, values)
 
     def _write_part(self, part: Part, window: Window, values: Tensor) -> None:
         geometry, order, own = self.geometry, self.order(part), self.bytes_of(part)
         for place, experts in self.chunks(window.experts):
             target = own[slice_of(experts)]
             if self.layout is ROW_MAJOR:
+                self.touch()
                 geometry.put(part, target, values[place], window.rows, window.columns)
-                if geometry.padded and self.whole_rows(window):
-                    geometry.rewrite_pads(part, target)
+                geometry.rewrite_pads(part, target)  # whoever had the memory before may have changed them
             elif self.whole_rows(window):
-                target.copy_(order.shuffle(geometry.pad(part, values[place])))
-            else:  # what is not written stays
+                laid_out = order.shuffle(geometry.pad(part, values[place]))
+                self.touch()
+                target.copy_(laid_out)
+            else:  # what is not written stays, but for pads
                 around = order.unshuffle(target.contiguous())
                 geometry.put(part, around, values[place], window.rows, window.columns)
-                target.copy_(order.shuffle(around))
+                geometry.rewrite_pads(part, around)
+                laid_out = order.shuffle(around)
+                self.touch()
+                target.copy_(laid_out)
 
     def _rewrite_pads(self) -> None:
         """Of row-major bytes, which somebody else wrote."""
@@ -342,14 +464,16 @@ class PackedStorage:
     def dequantize(self, window: Window, dtype: torch.dtype) -> Tensor:
         """Logical values ``[len, rows, columns]``."""
         out = torch.empty(window.shape, dtype=dtype, device=self.qdata.device)
-        for place, experts in self.chunks(window.experts):
-            out[place] = mxfp4.dequantize(*self.read(window._replace(experts=experts)), dtype)
+        with self.held():  # all of it at one time
+            for place, experts in self.chunks(window.experts):
+                out[place] = mxfp4.dequantize(*self.read(window._replace(experts=experts)), dtype)
         return out
 
     def checksum(self, window: Window) -> str:
         """SHA-256, in hex, over the logical sizes and, expert by expert, the row-major logical codes and scales."""
         experts = (window._replace(experts=range(expert, expert + 1)) for expert in window.experts)
-        return checksum(window.shape, (data for expert in experts for data in self.read(expert)))
+        with self.held():
+            return checksum(window.shape, (data for expert in experts for data in self.read(expert)))
 
 
 def checksum(shape: tuple[int, ...], parts: Iterable[Tensor]) -> str:
@@ -366,10 +490,21 @@ def locked(*storages: PackedStorage) -> Iterator[None]:
     """Take several locks, in one order, so that no two threads wait for each other."""
     with ExitStack() as stack:
         for storage in sorted(storages, key=id):
-            stack.enter_context(storage._lock)
+            stack.enter_context(storage.lock)
         yield
 
 
 def is_real(data: Tensor) -> bool:
     """Whether there are bytes behind a tensor: not where a compiler traces with fake ones, nor on the meta device."""
     return type(data) is Tensor and data.device.type != "meta"
+
+
+def _in_child() -> None:
+    # The threads that held these locks when this process was forked are not in it.
+    for storage in owners.owners():
+        if not storage.lock._is_owned():
+            storage.lock, storage.running = threading.RLock(), set()
+            storage.validity.forked()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Whether bytes are a weight: one state machine, whose every transition is a method here."""
+"""What is known of the bytes of one storage: in which layout they are, and whether they are a weight: one state
+machine, whose every transition is a method here."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 
-from shuffled_tensor.layouts import Layout
+from shuffled_tensor.layouts import ROW_MAJOR, Layout
 
 __all__ = ["State", "Validity"]
 
@@ -27,30 +28,41 @@ class Validity:
     =========== ============================ ================================================
     from        by                           to
     =========== ============================ ================================================
-    VALID       :meth:`changing`, inside     INVALID; back to VALID at its end, or INVALID
-                                             for good after an exception
-    INVALID     :meth:`changing`             INVALID: a write that is not known to be whole mends nothing
-    REFIT       :meth:`changing`             REFIT
+    VALID       :meth:`touch`                INVALID: bytes are about to move
+    INVALID     :meth:`touch`                INVALID
+    REFIT       :meth:`touch`                REFIT
+    any         :meth:`changing`, at its end what it was at its beginning; after an exception
+                                             it stays, INVALID if bytes were touched
     VALID       :meth:`open_refit`           REFIT
-    INVALID     :meth:`open_refit`           REFIT, where an abandoned refit is taken up
+    INVALID     :meth:`open_refit`           REFIT, which must write everything
     REFIT       :meth:`abandon_refit`        INVALID
-    REFIT       :meth:`recover`              VALID: the refit was closed
-    INVALID     :meth:`recover`              VALID: everything was written, or vouched for
+    any         :meth:`recover`              VALID: everything was written, or vouched for
     =========== ============================ ================================================
     """
 
-    __slots__ = ("_reason", "layout_after_refit", "state")
+    __slots__ = ("_changing", "_reason", "layout", "layout_after_refit", "refit", "state")
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        """The one that the bytes are in now."""
         self.state = State.VALID
         self.layout_after_refit: Layout | None = None
         """While a refit is open, or was abandoned or could not be closed: the layout to return to."""
+        self.refit: object = None
+        """The one that is open, so that each ends its own."""
         self._reason: str | None = None
+        self._changing = False
 
     @property
     def invalid_reason(self) -> str | None:
         """Why the bytes must not be read as a weight now, or None."""
         return "it is being written in a refit" if self.state is State.REFIT else self._reason
+
+    def why_not_row_major(self) -> str | None:
+        """What plain bytes would be taken for wrongly; none of a refit, in which they are row-major."""
+        if self.state is State.INVALID:
+            return f"that is unusable ({self._reason})"
+        return None if self.layout is ROW_MAJOR else f"whose bytes lie as {self.layout.name!r}"
 
     def check(self) -> None:
         """Raise RuntimeError where the bytes are not a weight."""
@@ -64,23 +76,46 @@ class Validity:
             raise RuntimeError(f"this weight cannot be used: {self.invalid_reason}; {remedy}")
 
     @contextmanager
-    def changing(self, what: str) -> Iterator[None]:
-        """Around everything that changes bytes or layout: an exception inside leaves the bytes invalid."""
-        before = self.state, self._reason
-        if self.state is State.VALID:
-            self.state, self._reason = State.INVALID, f"{what} was interrupted"
-        yield
-        self.state, self._reason = before
+    def changing(self) -> Iterator[bool]:
+        """Around everything that changes bytes or layout: an exception after :meth:`touch` leaves the bytes invalid.
 
-    def open_refit(self, layout: Layout) -> None:
+        Gives whether this is the outermost one: what it consists of is over when all of it is.
+        """
+        if self._changing:
+            yield False
+            return
+        before = self.state, self._reason
+        self._changing = True
+        try:
+            yield True
+            self.state, self._reason = before
+        finally:
+            self._changing = False
+
+    def forked(self) -> None:
+        """Whoever was changing the bytes is not in this process: what was touched stays invalid."""
+        self._changing = False
+
+    def touch(self, what: str) -> None:
+        """Just before a byte moves."""
+        if self.state is State.VALID:
+            self._reason = f"{what} was interrupted"
+            self.state = State.INVALID
+
+    def open_refit(self, refit: object, layout: Layout) -> None:
         """``layout`` is where the bytes came from, unless a refit that was abandoned remembers."""
         self.layout_after_refit = self.layout_after_refit or layout
+        self.refit = refit
         self.state, self._reason = State.REFIT, None
 
-    def abandon_refit(self, error: BaseException) -> None:
-        self.state = State.INVALID
-        self._reason = f"a refit ended early ({type(error).__name__}), and its bytes may be partly old and partly new"
+    def abandon_refit(self, refit: object, error: BaseException) -> None:
+        """Where this refit is open, it has ended early."""
+        if self.refit is refit:
+            self._reason = (
+                f"a refit ended early ({type(error).__name__}), and its bytes may be partly old and partly new"
+            )
+            self.state, self.refit = State.INVALID, None
 
     def recover(self) -> None:
         """The bytes are a weight again."""
-        self.state, self._reason = State.VALID, None
+        self.state, self._reason, self.refit, self.layout_after_refit = State.VALID, None, None, None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shuffled_tensor import mxfp4
+from shuffled_tensor import mxfp4, owners
 from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor import policy
@@ -46,14 +46,15 @@ class ShuffledMXFP4Tensor(Wrapper):
         shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the tensor.
         dtype: the logical dtype: bfloat16, float16, float32 or float64.
 
-    The constructor takes ownership of its tensors: a later shuffle rewrites their bytes. Where sizes are not multiples
-    of 256 it copies instead, into rows (each of gate and up) and columns padded with zero codes and scale 127; shape,
-    value and checksum never show the padding.
+    The constructor takes ownership of its tensors: a later shuffle rewrites their bytes. Where another weight owns them
+    it copies, and where sizes are not multiples of 256: into rows (each of gate and up) and columns padded with zero
+    codes and scale 127; shape, value and checksum never show the padding.
 
     Raises:
         TypeError: a dtype that is none of the above; float weights go through :meth:`from_hp`.
         ValueError: a wrong rank, shapes that do not fit each other, K not a multiple of 32, tensors on different
-            devices, a missing or unknown ``row_order``, an unknown layout.
+            devices, a missing or unknown ``row_order``, an unknown layout; memory of another weight whose bytes are not
+            row-major.
     """
 
     def __new__(
@@ -67,6 +68,8 @@ class ShuffledMXFP4Tensor(Wrapper):
         dtype: torch.dtype = torch.bfloat16,
     ) -> ShuffledMXFP4Tensor:
         check_parts(qdata, scale)
+        for part, data in zip(PARTS, (qdata, scale), strict=True):
+            owners.check_row_major(part.name, data)
         check_row_order(gate_up, row_order, qdata.shape[-2])
         check_logical_dtype(dtype)
         layout = layout_or_none(shuffle_kind)
@@ -117,12 +120,6 @@ class ShuffledMXFP4Tensor(Wrapper):
             for some in expert_chunks(len(weight), 4 * weight.shape[1:].numel()):
                 qdata[some], scale[some] = mxfp4.quantize(weight[some], scale_rule=scale_rule)
         return cls(qdata, scale, gate_up=gate_up, row_order=row_order, shuffle_kind=shuffle_kind, dtype=weight.dtype)
-
-    @property
-    def gate_up(self) -> bool:
-        """Whether the rows are gate rows, then up rows; a view of some rows has them as they come."""
-        geometry = self._storage.geometry
-        return geometry.gate_up and len(self._window.rows) == geometry.rows
 
     @property
     def shuffle_kind(self) -> str | None:
@@ -292,12 +289,15 @@ class ShuffledMXFP4Tensor(Wrapper):
             raise ValueError(f"order must hold each of the {self.shape[0]} experts once, found {order}")
         parts = self.qdata, self.scale
         with self._storage.held(), self._storage.writing():
-            for data in parts:
+            spare = [torch.empty_like(data[0]) for data in parts]
+            self._storage.touch()
+            for data, kept in zip(parts, spare, strict=True):
                 done: set[int] = set()
                 for first in range(len(order)):
                     if first in done or order[first] == first:
                         continue
-                    kept, place = data[first].clone(), first
+                    kept.copy_(data[first])
+                    place = first
                     while order[place] != first:
                         data[place].copy_(data[order[place]])
                         done.add(place)

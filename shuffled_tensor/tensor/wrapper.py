@@ -62,6 +62,12 @@ class Wrapper(StorageTensor):
         return self._wrap(storage, storage.whole(), self.dim(), dtype or self.dtype)
 
     @property
+    def gate_up(self) -> bool:
+        """Whether the rows are gate rows, then up rows; a view of some rows has them as they come."""
+        geometry = self._storage.geometry
+        return geometry.gate_up and len(self._window.rows) == geometry.rows
+
+    @property
     def is_part_of_experts(self) -> bool:
         """Whether this is a view of some rows or columns, whose bytes have no place of their own in memory."""
         return not self._storage.whole_rows(self._window)
@@ -123,17 +129,19 @@ class Wrapper(StorageTensor):
                 "the bytes were handed out by as_kernel_operands(), whose holder would not see others; write values "
                 "with copy_"
             )
-        if isinstance(value, type(self)) and (value.shape, value.dtype, value.device) == (
+        if isinstance(value, type(self)) and (value.shape, value.dtype, value.device, value.gate_up) == (
             self.shape,
             self.dtype,
             self.device,
+            self.gate_up,
         ):
             self._storage, self._window, self._index = value._storage, value._window, value._index
             self._views = {}
             return
         raise TypeError(
-            f".data takes a ShuffledMXFP4Tensor of shape {list(self.shape)}, {self.dtype}, on {self.device}, found "
-            f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}, on {value.device}; write values "
+            f".data takes a ShuffledMXFP4Tensor of shape {list(self.shape)}, {self.dtype}, on {self.device}, with "
+            f"gate_up={self.gate_up}, found {type(value).__name__} of shape {list(value.shape)}, {value.dtype}, on "
+            f"{value.device}{f', with gate_up={value.gate_up}' if isinstance(value, type(self)) else ''}; write values "
             "with copy_, packed bytes through .qdata_view and .scale_view"
         )
 
@@ -170,8 +178,12 @@ class Wrapper(StorageTensor):
         rank = qdata.dim()
         if rank == 2:
             qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
-        storage = PackedStorage(qdata, scale, geometry, find_layout(layout), layout_or_none(shuffle_kind))
-        return cls._wrap(storage, storage.whole(), rank, dtype)
+        found = PackedStorage.owner_of(qdata, scale, geometry)  # which knows better how they lie now
+        if found is None:
+            storage = PackedStorage(qdata, scale, geometry, find_layout(layout), layout_or_none(shuffle_kind))
+            found = storage, storage.experts
+        storage, experts = found
+        return cls._wrap(storage, storage.whole()._replace(experts=experts), rank, dtype)
 
     @classmethod
     def _corrected(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:

@@ -70,8 +70,8 @@ class ShuffleCount:
         self.count = 0
         shuffle = Order.shuffle
 
-        def counting(order: Order, data: Tensor, out: Tensor | None = None) -> Tensor:
+        def counting(order: Order, data: Tensor, out: Tensor | None = None, **scratch: Any) -> Tensor:
             self.count += order.part is CODES and out is not None
-            return shuffle(order, data, out)
+            return shuffle(order, data, out, **scratch)
 
         monkeypatch.setattr(Order, "shuffle", counting)
