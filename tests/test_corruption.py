@@ -617,7 +617,7 @@ def test_a_disk_that_cannot_be_read(kind: str, tmp_path: Path, monkeypatch: pyte
     def failing(*arguments: Any) -> int:
         nonlocal reads
         reads += 1
-        if reads > 9:  # a w13 of two experts is eight: gate and up, codes and scales
+        if reads > 10:  # a w13 of two experts is eight: gate and up, codes and scales; one expert of w2 is two
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(*arguments)
 

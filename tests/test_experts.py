@@ -369,9 +369,9 @@ def test_only_the_tiles_that_hold_some_rows_are_unshuffled(
 
     unshuffle = Order.unshuffle
 
-    def spy(order: Order, data: Tensor, out: Tensor | None = None) -> Tensor:
+    def spy(order: Order, data: Tensor, out: Tensor | None = None, **scratch: Any) -> Tensor:
         unshuffled.append(data.shape[1])
-        return unshuffle(order, data, out)
+        return unshuffle(order, data, out, **scratch)
 
     monkeypatch.setattr(Order, "unshuffle", spy)
     for read, rows in (

@@ -30,7 +30,8 @@ PACKAGE = Path(shuffled_tensor.__file__).parent
 
 # From the ground up: a room imports from those before it, never from those behind it.
 ROOMS = (
-    ("mxfp4", "device"),
+    ("owners", "device"),
+    ("mxfp4",),
     ("layouts",),
     ("tensor",),
     ("moe",),

@@ -518,8 +518,16 @@ class Life(RuleBasedStateMachine):
     def assign_data(self, data: st.DataObject) -> None:
         """``param.data = other``: this tensor is a view of the other's bytes from now on; its aliases are not."""
         alias = self.pick(data)
-        source = self.pick(data, lambda other: other.qdata.shape == alias.qdata.shape and other.dtype is alias.dtype)
-        if source.qdata.shape != alias.qdata.shape or source.dtype is not alias.dtype:
+
+        def alike(other: Alias) -> bool:
+            return (other.qdata.shape, other.dtype, other.weight.gate_up) == (
+                alias.qdata.shape,
+                alias.dtype,
+                alias.weight.gate_up,
+            )
+
+        source = self.pick(data, alike)
+        if not alike(source):
             with pytest.raises((TypeError, RuntimeError), match=r"\.data takes|handed out"):
                 alias.weight.data = source.weight
             return
