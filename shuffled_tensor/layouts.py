@@ -20,6 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from shuffled_tensor import owners
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
 
 __all__ = [
@@ -300,6 +301,8 @@ def unshuffle_scale(scale: Tensor, shuffle_kind: str, *, gate_up: bool, out: Ten
 def _apply(part: Part, data: Tensor, name: str, gate_up: bool, out: Tensor | None, *, inverse: bool) -> Tensor:
     layout = find_layout(name)
     _check_input(part, data, out)
+    if not inverse:
+        owners.check_row_major(part.name, data)
     if layout is ROW_MAJOR:  # of whatever size
         return data.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(data)
     order = layout.order(part, gate_up)

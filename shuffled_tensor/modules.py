@@ -9,10 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import layout_or_none
@@ -23,7 +24,7 @@ from shuffled_tensor.tensor.geometry import RowOrder
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["prepare", "quantize_experts_", "refit", "wrap_experts_"]
+__all__ = ["install_", "prepare", "quantize_experts_", "refit", "wrap_experts_"]
 
 _log = logging.getLogger("shuffled_tensor")
 
@@ -167,10 +168,44 @@ def quantize_experts_(
     return module
 
 
-def weights_of(module: nn.Module) -> list[PackedStorage]:
-    """The storages of a module's parameters and buffers, each once."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, ShuffledMXFP4Tensor)]
-    return list({id(tensor._storage): tensor._storage for tensor in tensors}.values())
+def weights_of(root: object) -> list[PackedStorage]:
+    """The storages of the weights in a module, each once: of parameters, buffers and other attributes of it and its
+    submodules, in lists, tuples and dicts of such, in DTensors, and of weights that torch has unwrapped into
+    parametrizations.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found: dict[int, PackedStorage] = {}
+    seen: set[int] = set()
+
+    def walk(value: object) -> None:
+        if isinstance(value, ShuffledMXFP4Tensor):
+            found[id(value._storage)] = value._storage
+        elif isinstance(value, nn.Module | list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            for inner in _inside(value):
+                walk(inner)
+        elif isinstance(value, Tensor) and hasattr(value, "_local_tensor"):
+            walk(value._local_tensor)
+
+    walk(root)
+    if not found:
+        raise ValueError(
+            f"no ShuffledMXFP4Tensor was found in {type(root).__name__}; wrap_experts_ and quantize_experts_ make a "
+            "module's own weights such, install_ puts one in a parameter's place"
+        )
+    return list(found.values())
+
+
+def _inside(holder: nn.Module | list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterator[object]:
+    """What a container holds; of a module, also what its parametrizations make when they are asked."""
+    if isinstance(holder, nn.Module):
+        yield from vars(holder).values()  # parameters, buffers and submodules are dicts in there
+        if parametrize.is_parametrized(holder):
+            yield from (getattr(holder, name) for name in holder.parametrizations)  # type: ignore[union-attr]
+    else:
+        yield from holder.values() if isinstance(holder, dict) else holder
 
 
 def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
@@ -180,11 +215,14 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
     nothing changes.
 
     Args:
-        module: parameters and buffers of it and its submodules are prepared, in place.
+        module: every weight in it is prepared, in place: of parameters, buffers, other attributes, lists and dicts.
         progress: show a tqdm progress bar (the extra ``checkpoint`` installs tqdm).
 
     Returns:
         ``module``.
+
+    Raises:
+        ValueError: there is no :class:`ShuffledMXFP4Tensor` in it.
     """
     storages = steps = weights_of(module)
     if progress:
@@ -215,11 +253,14 @@ def refit(module: _Module) -> Iterator[_Module]:
     They may be written in whole or in part, by any means, also through raw pointers. On leaving, pads are rewritten and
     every weight is laid out as it was before, in place, in scratch of at most 64 MiB or one expert.
 
-    An exception inside leaves the weights row-major, and unusable until they are written whole: by another refit, by
-    ``load_state_dict`` or ``copy_``; or until ``mark_canonical_()`` says that what they hold is a weight.
+    An exception inside leaves the weights row-major, and unusable until they are written whole: by another refit, which
+    finds out whether it was, by ``load_state_dict`` or ``copy_``; or until ``mark_canonical_()`` says that what they
+    hold is a weight.
 
     Raises:
-        RuntimeError: a refit of a weight is open, or its bytes are unusable or perhaps shared with another process.
+        ValueError: there is no :class:`ShuffledMXFP4Tensor` in ``module``.
+        RuntimeError: a refit of a weight is open, or its bytes are perhaps shared with another process; on leaving, a
+            weight that was unusable before was not written whole.
     """
     storages = weights_of(module)
     for storage in storages:
@@ -235,6 +276,60 @@ def refit(module: _Module) -> Iterator[_Module]:
         for storage in storages:
             storage.validity.abandon_refit(mark, error)
         raise
+
+
+def install_(module: nn.Module, name: str, weight: ShuffledMXFP4Tensor) -> nn.Parameter:
+    """Put a weight where a module has a parameter, or nothing yet: the one way to do so after a module was built.
+
+    Where the parameter is a :class:`ShuffledMXFP4Tensor` of the same shape, it stays the object that it is and shows
+    the new weight, so that optimizers and engines that hold it see that, too. A plain one is replaced, wherever in
+    ``module`` it is tied to; it is emptied, so that whoever still holds it meets a wrong shape and not stale values.
+    Attributes that others have set on it (``weight_loader``) go with the new one.
+
+    Args:
+        module: the root of what may share the parameter.
+        name: of the parameter, buffer or place in ``module``, with dots: ``"layers.3.mlp.experts.w13_weight"``.
+        weight: what comes there.
+
+    Returns:
+        The parameter that is there now.
+
+    Raises:
+        TypeError: ``weight`` is no ShuffledMXFP4Tensor.
+        AttributeError: ``module`` has no such submodule, or something that is neither a tensor nor None is called so.
+        RuntimeError: the bytes of the weight that is there were handed out.
+    """
+    if not isinstance(weight, ShuffledMXFP4Tensor):
+        raise TypeError(
+            f"install_ takes a ShuffledMXFP4Tensor, found {type(weight).__name__}; from_hp quantises plain values"
+        )
+    path, _, own = name.rpartition(".")
+    owner = module.get_submodule(path)
+    old = getattr(owner, own, None)
+    if old is not None and not isinstance(old, Tensor):
+        raise AttributeError(f"{name} is a {type(old).__name__}, not a tensor")
+    if isinstance(old, ShuffledMXFP4Tensor) and isinstance(old, nn.Parameter):
+        same = (old.shape, old.dtype, old.device, old.gate_up)
+        if same == (weight.shape, weight.dtype, weight.device, weight.gate_up):
+            old.data = weight
+            return old
+    parameter = nn.Parameter(weight, requires_grad=False)
+    if old is None:
+        if hasattr(owner, own):
+            delattr(owner, own)
+        owner.register_parameter(own, parameter)
+        return parameter
+    _carry(old, parameter)
+    for place in module.modules():
+        for called, held in [*place._parameters.items(), *place._buffers.items()]:
+            if held is old:
+                _set(place, called, parameter)
+    if getattr(owner, own) is old:  # neither parameter nor buffer
+        delattr(owner, own)
+        owner.register_parameter(own, parameter)
+    if not isinstance(old, ShuffledMXFP4Tensor):
+        old.data = old.data.new_empty(0)
+    return parameter
 
 
 def _owners(module: nn.Module, *names: str) -> list[tuple[nn.Module, str]]:
@@ -278,10 +373,15 @@ def _naming(parameter: str) -> Iterator[None]:
 def _parameter(old: Tensor, packed: ShuffledMXFP4Tensor) -> nn.Parameter:
     """What stands in for `old`, with the attributes that others set on it."""
     parameter = nn.Parameter(packed, requires_grad=False)
+    _carry(old, parameter)
+    return parameter
+
+
+def _carry(old: Tensor, parameter: nn.Parameter) -> None:
+    """Give a parameter what others set on the one before it."""
     parameter.__dict__.update({name: value for name, value in vars(old).items() if name not in _TAGS})
     if hasattr(old, "weight_loader"):  # of vLLM's own classes it is a property
         parameter.weight_loader = old.weight_loader  # type: ignore[attr-defined]
-    return parameter
 
 
 def _set(owner: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from shuffled_tensor import owners
+
 __all__ = ["BLOCK", "CODES", "PARTS", "SCALES", "SCALE_RULES", "Part", "ScaleRule", "dequantize", "quantize"]
 
 BLOCK = 32
@@ -126,6 +128,8 @@ def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     Exact in float32, bfloat16 and float64 but for scales from 253 up, whose larger codes overflow the first two to
     infinity. -0 stays -0.
     """
+    owners.check_row_major("qdata", qdata)
+    owners.check_row_major("scale", scale)
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     both_codes = torch.tensor(_BYTE_VALUES, dtype=compute, device=qdata.device)
     blocks: Tensor = torch.nn.functional.embedding(qdata.int(), both_codes).flatten(-2).unflatten(-1, (-1, BLOCK))

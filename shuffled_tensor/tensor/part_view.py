@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shuffled_tensor import owners
 from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.tensor.base import Operations, StorageTensor
 from shuffled_tensor.tensor.geometry import Window
@@ -114,6 +115,7 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         raise TypeError(f"a view of {self._part} takes packed bytes of {self._part.dtypes}, found {source.dtype}")
     if source.shape != self.shape:
         raise ValueError(f"a view of {self._part} takes bytes of shape {list(self.shape)}, found {list(source.shape)}")
+    owners.check_row_major("the source", source)
     data = source.view(torch.uint8).reshape(self._window.shape[0], *self.shape[-2:])
     qdata, scale = (data if part is self._part else None for part in PARTS)
     self._storage.write(self._window, qdata, scale)
