@@ -23,7 +23,8 @@ from shuffled_tensor import (
 )
 from shuffled_tensor.testing import fake_aiter
 
-from .support.bytes import assert_holds, marked_parts, weight_of
+from .support.bytes import marked_parts, weight_of
+from .support.judges import assert_holds
 from .support.layer import make_layer, packed_arguments
 
 LAYOUTS = ["mxfp4_moe", "mxfp4_separated"]
@@ -118,6 +119,8 @@ def test_an_unwrapped_module(change: str) -> None:
     unwrap_tensor_subclass_parameters(module)
     del layer["w13"], layer["w2"]
     gc.collect()
+    assert isinstance(module.w13, ShuffledMXFP4Tensor)
+    assert isinstance(module.w2, ShuffledMXFP4Tensor)
     if change == "shuffle_":
         module.w13.shuffle_("mxfp4_moe")
         module.w2.shuffle_("mxfp4_separated")
@@ -157,7 +160,7 @@ def test_the_packed_operator_is_told_another_layout_than_the_bytes_have() -> Non
     """As a compiled function is, when another thread lays a weight out after its guards have looked."""
     layer = make_layer("cpu")
     expected = fused_moe(**layer)
-    packed = packed_arguments(layer)
+    packed = packed_arguments(layer) | {"out_dtype": "bfloat16"}
     assert packed["w13_layout"] == "none"
     layer["w13"].shuffle_("mxfp4_moe")
     layer["w2"].shuffle_("mxfp4_separated")

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -100,7 +100,7 @@ class PackedStorage:
             return None
         storage = owner.storage()
         if storage is None:  # every tensor over these bytes has died; what was known of them was kept
-            storage = cls(qdata, scale, geometry)
+            storage = cls(qdata.data, scale.data, geometry)  # they may be parameters
             storage.validity = owner.record
             storage.own()
         experts = storage.experts_of(qdata, scale)
@@ -496,7 +496,7 @@ def locked(*storages: PackedStorage) -> Iterator[None]:
 
 def is_real(data: Tensor) -> bool:
     """Whether there are bytes behind a tensor: not where a compiler traces with fake ones, nor on the meta device."""
-    return type(data) is Tensor and data.device.type != "meta"
+    return type(data) in (Tensor, nn.Parameter) and data.device.type != "meta"
 
 
 def _in_child() -> None:
