@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -387,16 +387,16 @@ class PackedStorage:
     def halves(self, experts: range, rows: range) -> tuple[Tensor, Tensor]:
         """The same rows of each half of some experts: row-major logical codes ``[len, halves, rows, K/2]`` and scales,
         in memory of their own. Only the tiles that hold them are unshuffled."""
-        halves, tile = self.geometry.halves, self.layout.row_tile(self.geometry.gate_up)
-        tiles = range(rows.start // tile * tile, round_up(rows.stop, tile))
-        own = slice(rows.start - tiles.start, rows.stop - tiles.start)
-
-        def of(part: Part, data: Tensor) -> Tensor:
-            order = self.order(part)
-            found: Tensor = order.unshuffle(order.tiles(data, halves, tiles)).unflatten(1, (halves, -1))
-            return found[:, :, own, : self.geometry.columns // part.per_byte]
-
         with self.held():
+            halves, tile = self.geometry.halves, self.layout.row_tile(self.geometry.gate_up)
+            tiles = range(rows.start // tile * tile, round_up(rows.stop, tile))
+            own = slice(rows.start - tiles.start, rows.stop - tiles.start)
+
+            def of(part: Part, data: Tensor) -> Tensor:
+                order = self.order(part)
+                found: Tensor = order.unshuffle(order.tiles(data, halves, tiles)).unflatten(1, (halves, -1))
+                return found[:, :, own, : self.geometry.columns // part.per_byte]
+
             qdata, scale = map(of, PARTS, self.select(experts))
         return qdata, scale
 
@@ -488,9 +488,11 @@ def checksum(shape: tuple[int, ...], parts: Iterable[Tensor]) -> str:
 @contextmanager
 def locked(*storages: PackedStorage) -> Iterator[None]:
     """Take several locks, in one order, so that no two threads wait for each other."""
-    with ExitStack() as stack:
-        for storage in sorted(storages, key=id):
-            stack.enter_context(storage.lock)
+    if not storages:
+        yield
+        return
+    first, *others = sorted(storages, key=id)
+    with first.lock, locked(*others):  # of nothing but `with` is it sure that no interrupt leaves a lock behind
         yield
 
 
