@@ -219,16 +219,15 @@ def test_damage_on_the_way_is_found_when_it_is_read_back(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bit that flips in memory, once, between two reads of the source."""
-    read, flipped = Files.read, []
+    fill, flipped = Files._fill, []
 
-    def flipping(self: Files, tensor: str, *index: Any, **into: Tensor) -> Tensor:
-        data = read(self, tensor, *index, **into)
+    def flipping(self: Files, data: Tensor, tensor: str, start: int) -> None:
+        fill(self, data, tensor, start)
         if tensor == name and not flipped:
             flipped.append(tensor)
-            data.view(torch.uint8)[0, 0] ^= 1
-        return data
+            data.view(torch.uint8).view(-1)[0] ^= 1
 
-    monkeypatch.setattr(Files, "read", flipping)
+    monkeypatch.setattr(Files, "_fill", flipping)
     with pytest.raises(CheckpointError, match="damaged"):
         convert(source, tmp_path / "converted.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.safetensors"]

@@ -69,7 +69,7 @@ def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto") -> lis
 
 
 def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
-    counts = torch.zeros(256, dtype=torch.int64)  # of scale bytes
+    counts = torch.zeros(256, dtype=torch.int64, device="cpu")  # of scale bytes
     span = range(weight.intermediate)
 
     def parts() -> Iterator[Tensor]:
