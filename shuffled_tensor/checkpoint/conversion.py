@@ -82,7 +82,7 @@ def _plan(files: Files, format: FormatName, layout: Layout) -> tuple[dict[str, W
     copied = set(files)
     found = {weight.name: weight for layer in find_layers(files, format=format).values() for weight in layer}
     for name, weight in (manifest_weights(files) | found).items():
-        copied -= {part for named in weight.tensors.values() for part in named.values()}
+        copied -= set(weight.names())
         if weight.quantized:
             weights[name] = weight
             parts |= {f"{name}.{part}": _packed(weight, part, layout) for part in PARTS}
