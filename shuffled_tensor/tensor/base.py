@@ -66,7 +66,7 @@ class StorageTensor(Tensor):
         # (pytorch#164872).
         with torch.inference_mode(False), torch.no_grad():
             self = torch.Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dtype, device=storage.qdata.device, requires_grad=False
+                cls, shape, dtype=dtype, device=storage.device, requires_grad=False
             )
         self._storage, self._window = storage, window
         return self
