@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -266,3 +267,31 @@ def test_under_another_default_device(tmp_path: Path) -> None:
         load_file(tmp_path / "again.safetensors")[f"{NAME}.w2_weight"].qdata, loaded[f"{NAME}.w2_weight"].qdata
     )
     assert torch.equal(interleave(DENSE.w13_bias), tensors[f"{NAME}.gate_up_proj_bias"])
+
+
+# --- others' functions
+
+
+@pytest.mark.parametrize("layout", ["none", "mxfp4_moe"])
+def test_safetensors_own_functions_say_what_to_use(layout: str, tmp_path: Path) -> None:
+    weight, path = weight_of(DENSE.w13, layout), tmp_path / "file"
+    module = nn.Module()
+    module.register_parameter("w", nn.Parameter(weight))
+    module.register_parameter("bias", nn.Parameter(torch.ones(3)))
+    parts: list[Any] = [weight, weight[1], weight[:, :4], nn.Parameter(weight), weight.qdata_view, weight.scale_view]
+    for write in (
+        *(lambda part=part: safetensors.torch.save_file({"w": part, "x": torch.ones(1)}, path) for part in parts),
+        lambda: safetensors.torch.save({"w": weight}),
+        lambda: safetensors.torch.save_model(module, path),
+    ):
+        with pytest.raises(RuntimeError, match=r"save a ShuffledMXFP4Tensor with shuffled_tensor\.save_file") as caught:
+            write()
+        assert not isinstance(caught.value, NotImplementedError)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_conversions_out_of_torch_say_what_to_use() -> None:
+    weight: Any = weight_of(DENSE.w13)
+    for convert_ in (weight.numpy, weight.tolist, lambda: np.asarray(weight), lambda: weight.numpy(force=True)):
+        with pytest.raises(RuntimeError, match=r"call \.dequantize\(\) for a plain tensor of its values"):
+            convert_()
