@@ -226,12 +226,17 @@ def test_a_dtype_that_torch_does_not_have(tmp_path: Path) -> None:
     raw = path.read_bytes()
     header, data = parse(raw)
     path.write_bytes(
-        unparse(header | {"lm_head.weight": header["lm_head.weight"] | {"dtype": "F4", "shape": [60]}}, data)
+        unparse(header | {"lm_head.weight": header["lm_head.weight"] | {"dtype": "F6_E2M3", "shape": [40]}}, data)
     )
     load_experts(path)
-    path.write_bytes(unparse(header | {CODES: header[CODES] | {"dtype": "F4", "shape": [64, 64]}}, data))
-    known = "BOOL, U8, U16, U32, U64, I8, I16, I32, I64, F8_E4M3, F8_E4M3FNUZ, F8_E5M2, F8_E5M2FNUZ, F8_E8M0, F16, BF16, F32, F64, C64"
-    assert_refused(path, f"{CODES} in PATH is 'F4'; known: {known}")
+    start, end = header[CODES]["data_offsets"]
+    for entry in header.values():  # 6 bits a value, so half as many bytes more
+        if entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [place + (end - start) // 2 for place in entry["data_offsets"]]
+    header[CODES] = {"dtype": "F6_E2M3", "shape": [64, 64], "data_offsets": [start, end + (end - start) // 2]}
+    path.write_bytes(unparse(header, data[:end] + bytes((end - start) // 2) + data[end:]))
+    known = "BOOL, F4, U8, U16, U32, U64, I8, I16, I32, I64, F8_E4M3, F8_E4M3FNUZ, F8_E5M2, F8_E5M2FNUZ, F8_E8M0, F16, BF16, F32, F64, C64"
+    assert_refused(path, f"{CODES} in PATH is 'F6_E2M3'; known: {known}")
 
 
 # --- several files
@@ -346,6 +351,12 @@ def unreadable_manifest(header: Header, data: bytes) -> bytes:
     return unparse(header, data)
 
 
+def doubled_key(header: Header, data: bytes) -> bytes:
+    text = header["__metadata__"]["shuffled_tensor"]
+    header["__metadata__"]["shuffled_tensor"] = text.replace('"version": 1', '"version": 2, "version": 1')
+    return unparse(header, data)
+
+
 def flip_data(header: Header, data: bytes) -> bytes:
     place = header[f"{W13}.qdata"]["data_offsets"][0] + 5  # no pad, which has no checksum and is written anew
     return unparse(header, data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
@@ -380,6 +391,18 @@ LYING_MANIFESTS: dict[str, tuple[Edit, str | tuple[str, str]]] = {
     "an unknown dtype": (says(dtype="int4"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: dtype 'int4'"),
     "an unknown target": (says(shuffle_kind="fast"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: unknown shuffle_kind 'fast'; known: 'none', 'mxfp4_moe', 'mxfp4_separated'"),
     "another checksum": (says(checksum="0" * 64), f"{NAME}.w13_weight in PATH is damaged: its values have checksum 7b5d33f5c1cb..., the manifest says 000000000000..."),
+    "a version that is no number": (change_manifest(lambda manifest: manifest.update(version=True)), "the manifest of PATH has format version True, and this build knows 1; use a newer shuffled_tensor"),
+    "a truth for a size": (says(shape=[True, 128, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape [True, 128, 64]"),
+    "a fraction for a size": (says(shape=[2.0, 128, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape [2.0, 128, 64]"),
+    "no number for a size": (says(shape=[2, 128, float("nan")]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape [2, 128, nan]"),
+    "less than nothing": (says(shape=[-2, 128, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape [-2, 128, 64]"),
+    "a fraction for a padded size": (says(padded=[512.0, 128]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512.0, 128] for layout 'mxfp4_moe', which has [512, 128]"),
+    "gate_up that is a number": (says(gate_up=1), f"the manifest of PATH says something impossible of {NAME}.w13_weight: gate_up 1 for 128 rows"),
+    "a checksum that is not hex": (says(checksum="g" * 64), f"the manifest of PATH says something impossible of {NAME}.w13_weight: checksum '{'g' * 64}'"),
+    "a checksum that is not lower case": (says(checksum="A" * 64), f"the manifest of PATH says something impossible of {NAME}.w13_weight: checksum '{'A' * 64}'"),
+    "a key that nobody knows": (says(rotation=3), f"the manifest of PATH says something impossible of {NAME}.w13_weight: unknown keys rotation; use a newer shuffled_tensor"),
+    "a key beside them": (change_manifest(lambda manifest: manifest.update(rotation=3)), "the manifest of PATH cannot be read: ValueError('unknown keys rotation; use a newer shuffled_tensor')"),
+    "a key twice": (doubled_key, "the manifest of PATH cannot be read: ValueError('it names version twice')"),
     "no checksum": (says(checksum=None), f"the manifest of PATH says something impossible of {NAME}.w13_weight: checksum None"),
     "no entry": (change_manifest(lambda manifest: manifest["tensors"].pop(W13)), (f"{NAME}.w13_weight.qdata in PATH is in no manifest, so its layout is unknown", f"{NAME}.w13_weight.qdata and {NAME}.w13_weight.scale in PATH are in no manifest, so their layout is unknown")),
     "an entry that is none": (change_manifest(lambda manifest: manifest["tensors"].update({W13: 3})), f"the manifest of PATH says something impossible of {NAME}.w13_weight: 'int' object is not subscriptable"),

@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -152,3 +153,94 @@ def test_layouts_are_themselves_after_a_copy() -> None:
     for layout in LAYOUTS.values():
         assert copy.deepcopy(layout) is layout
         assert pickle.loads(pickle.dumps(layout)) is layout
+
+
+# --- the format before zip files, whose tensors torch fills last
+
+
+def in_the_old_format(saved: Any) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(saved, buffer, _use_new_zipfile_serialization=False)
+    buffer.seek(0)
+    return buffer
+
+
+OLD = Path(__file__).parent / "data" / "saved_weights_1_old_format.pt"
+"""As SAVED, by ``torch.save(weights(), OLD, _use_new_zipfile_serialization=False)`` at commit 1d11dfc."""
+
+
+def test_files_in_the_old_format_that_exist_are_read() -> None:
+    for weights_only in (True, False):
+        assert_are_the_weights(torch.load(OLD, weights_only=weights_only))
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_the_old_format(weights_only: bool) -> None:
+    for _ in range(3):  # what is in the memory of an unfilled tensor is chance
+        assert_are_the_weights(torch.load(in_the_old_format(weights()), weights_only=weights_only))
+
+
+USES: dict[str, Callable[[ShuffledMXFP4Tensor], ShuffledMXFP4Tensor]] = {
+    "pickle": lambda weight: pickle.loads(pickle.dumps(weight)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "clone": lambda weight: weight.clone(),  # type: ignore[dict-item, return-value]
+    "a part": lambda weight: weight[:],  # type: ignore[dict-item, return-value]
+    "shuffle_": lambda weight: weight.shuffle_("mxfp4_separated"),
+    "parameter": lambda weight: nn.Parameter(weight),  # type: ignore[dict-item, return-value]
+    "again": lambda weight: torch.load(in_the_old_format(weight)),
+    "moved": lambda weight: weight.to(torch.float64),  # type: ignore[dict-item, return-value]
+}
+
+
+@pytest.mark.parametrize("rows", [96, 512])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_the_first_use_of_a_weight_out_of_an_old_file(
+    use: Callable[[ShuffledMXFP4Tensor], ShuffledMXFP4Tensor], rows: int
+) -> None:
+    parts = coded(2, rows, 256), moderate_scales(2, rows, 16)
+    expected = dense(*parts)
+    saved = ShuffledMXFP4Tensor(*parts, gate_up=True, row_order="contiguous").shuffle_("mxfp4_moe")
+    loaded = torch.load(in_the_old_format(saved))
+    assert loaded.shape == (2, rows, 512)
+    assert loaded.device.type == "cpu"
+    assert torch.equal(use(loaded).dequantize(torch.float64), expected)
+
+
+def test_an_old_file_on_another_device() -> None:
+    loaded = torch.load(in_the_old_format(weights()), map_location="meta")
+    assert loaded["w13"].is_meta
+    assert loaded["w13"].shape == (2, 96, 160)
+    assert loaded["w13"].qdata.is_meta
+
+
+def test_threads_use_a_weight_out_of_a_file_at_once() -> None:
+    for _ in range(20):
+        loaded = torch.load(in_the_old_format(weights()))["w13"]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(ShuffledMXFP4Tensor.data_ptr, [loaded] * 8))
+        assert len(set(found)) == 1
+        assert torch.equal(loaded.dequantize(torch.float64), dense(*w13_parts()))
+
+
+# --- how long files are
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gate_up", [True, False])
+def test_files_hold_logical_bytes_only(layout: str, gate_up: bool, tmp_path: Path) -> None:
+    for experts, rows, columns in ((3, 512, 384), (1, 640, 512), (1, 288, 512), (2, 288, 96), (2, 512, 512)):
+        order = "contiguous" if gate_up else None
+        parts = coded(experts, rows, columns // 2), moderate_scales(experts, rows, columns // 32)
+        nbytes = sum(part.nbytes for part in parts)
+        weight = ShuffledMXFP4Tensor(*parts, gate_up=gate_up, row_order=order).shuffle_(layout)
+        old, new = tmp_path / "old", tmp_path / "new"
+        torch.save(weight, old, _use_new_zipfile_serialization=False)
+        torch.save(weight, new)
+        folder = tmp_path / f"{experts} {rows} {columns}"
+        dcp.save({"w": weight}, checkpoint_id=folder, no_dist=True)
+        (tmp_path / "pickle").write_bytes(pickle.dumps(weight))
+        for file in (old, new, folder / "__0_0.distcp", tmp_path / "pickle"):
+            assert nbytes < file.stat().st_size < nbytes + 6000, (file.name, experts, rows, columns)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def convert(
             return {"format": "pt", **kept, **manifest.dump(entries)}
 
         begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
-        total = sum(part.dtype.itemsize * math.prod(part.shape) for part in parts.values())
+        total = sum(part.nbytes for part in parts.values())
         with tqdm(total=total, desc=f"writing {destination.name}", unit="B", unit_scale=True, disable=None) as progress:
             write_file(
                 destination,
@@ -83,7 +82,7 @@ def _plan(files: Files, format: FormatName, layout: Layout) -> tuple[dict[str, W
     copied = set(files)
     found = {weight.name: weight for layer in find_layers(files, format=format).values() for weight in layer}
     for name, weight in (manifest_weights(files) | found).items():
-        copied -= {part for named in weight.tensors.values() for part in named.values()}
+        copied -= set(weight.names())
         if weight.quantized:
             weights[name] = weight
             parts |= {f"{name}.{part}": _packed(weight, part, layout) for part in PARTS}
@@ -131,7 +130,7 @@ def _packed(weight: Weight, part: Part, layout: Layout) -> Pieces:
             return data
         return layout.order(part, weight.gate_up).shuffle(entry.geometry.pad(part, data))
 
-    return Pieces.along_experts(entry.stored_shape(part), weight.shape[0], read)
+    return Pieces.of(torch.uint8, entry.stored_shape(part), weight.shape[0], read)
 
 
 def _entry(weight: Weight, layout: Layout, checksum: str) -> manifest.Entry:
@@ -144,8 +143,7 @@ def _entry(weight: Weight, layout: Layout, checksum: str) -> manifest.Entry:
 def _plain(weight: Weight, part: Part | str, shape: tuple[int, ...], dtype: torch.dtype) -> Pieces:
     """Values that are not quantised, to be written for all experts together."""
     span = range(weight.intermediate)
-    nbytes = dtype.itemsize * math.prod(shape[1:])
-    return Pieces(dtype, shape, shape[0], nbytes, lambda expert: weight.read(part, expert, span))
+    return Pieces.of(dtype, shape, shape[0], lambda expert: weight.read(part, expert, span))
 
 
 def _checksum(part: Pieces) -> str:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shuffled_tensor.checkpoint.names import FormatName, check_layer, detect, formats_in, group_layers, manifest_weights
+from shuffled_tensor.checkpoint.names import (
+    FormatName,
+    check_layer,
+    detect,
+    formats_in,
+    group_layers,
+    manifest_weights,
+    unknown_tensors,
+)
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.layouts import ROW_MAJOR
@@ -56,8 +64,12 @@ def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto") -> lis
         formats: list[str] = list(formats_in(files)) if format == "auto" else [format]
         if not formats and not weights:
             detect(files)  # says what it looked for
-        for found in formats:
-            for name, parts in group_layers(files, "", found).items():
+        grouped = {found: group_layers(files, "", found) for found in formats}
+        together = [layer for layers in grouped.values() for layer in layers.items()]
+        for name, problem in unknown_tensors(files, together, format=format).items():
+            findings.append(Finding(name, "unknown", (), "", "", "", False, (problem,)))
+        for found, layers in grouped.items():
+            for name, parts in layers.items():
                 try:
                     layer = check_layer(name, parts)
                 except CheckpointError as error:
@@ -69,7 +81,7 @@ def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto") -> lis
 
 
 def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
-    counts = torch.zeros(256, dtype=torch.int64)  # of scale bytes
+    counts = torch.zeros(256, dtype=torch.int64, device="cpu")  # of scale bytes
     span = range(weight.intermediate)
 
     def parts() -> Iterator[Tensor]:

@@ -57,7 +57,7 @@ def load_experts(
         prefix: what the names must begin with: ``"model.layers.3."`` reads one layer.
         format: ``"gpt-oss"``, ``"quark"``, ``"compressed-tensors"``, ``"deepseek"``, ``"shuffled_tensor"``, or
             ``"auto"`` to have it read off the names.
-        device: where new tensors go.
+        device: where new tensors go; on ``"meta"`` they have sizes only, and only headers are read.
         rank, world_size: of how many parts which is wanted; only that part is read.
         dim: ``"expert"`` for expert parallelism (shared experts are whole on every rank), or ``"intermediate"`` for
             tensor parallelism: matching gate and up rows of w13, columns of w2. A w2 bias is rank 0's alone there,
@@ -85,6 +85,7 @@ def load_experts(
         raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
+    _check_device(device)
     start = time.perf_counter()
     with Files(path) as files:
         plan = []
@@ -99,6 +100,8 @@ def load_experts(
         with tqdm(total=2 * len(plan), desc="loading experts", unit="weight", disable=None) as progress:
             for _, layer, cut, targets in plan:
                 for weight, tensor, bias in zip(layer, targets[:2], targets[2:], strict=True):
+                    if tensor.is_meta:
+                        continue
                     _write(weight, cut, tensor)
                     if bias is not None:
                         others = dim == "intermediate" and rank > 0 and not weight.gate_up
@@ -164,6 +167,14 @@ def _empty(weight: Weight, shape: tuple[int, int, int], device: torch.device | s
     storage = PackedStorage.empty(shape[0], geometry, torch.device(device), layout)
     storage.requested_layout = None if weight.entry is None else weight.entry.requested_layout
     return ShuffledMXFP4Tensor._wrap(storage, storage.whole(), 3, weight.dtype)
+
+
+def _check_device(device: torch.device | str | int) -> None:
+    """Raise ValueError for a device that is none, or not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _parameters(module: nn.Module, name: str, layer: Layer, cut: _Cut) -> Experts:
@@ -249,13 +260,15 @@ def _nbytes(tensor: Tensor) -> int:
 
 def load_file(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read what :func:`save_file` wrote, as ``safetensors.torch.load_file`` does: weights come back in the layout that
-    they were saved in.
+    they were saved in. On the device ``"meta"`` tensors have sizes only, and only the header is read.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: a device that is none, or not here.
         CheckpointError: a damaged file, a manifest that is missing, unknown or does not fit, or a weight whose checksum
             is another.
     """
+    _check_device(device)
     loaded: dict[str, Tensor] = {}
     with Files(path) as files:
         weights = manifest_weights(files)
@@ -264,11 +277,14 @@ def load_file(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
             tensor = _empty(weight, weight.shape, device)
             assert weight.entry is not None
             assert isinstance(tensor, ShuffledMXFP4Tensor)
-            _write(weight, _Cut(experts, intermediate, True), tensor)
-            _verify(weight, tensor.logical_checksum)
+            if not tensor.is_meta:
+                _write(weight, _Cut(experts, intermediate, True), tensor)
+                _verify(weight, tensor.logical_checksum)
             loaded[name] = tensor if len(weight.entry.shape) == 3 else tensor[0]
         parts = {f"{name}.{part}" for name in weights for part in PARTS}
         for name in files:
             if name not in parts:
-                loaded[name] = files.read(name).to(device)
+                dtype, shape = files.dtype(name), files.shape(name)
+                meta = torch.device(device).type == "meta"
+                loaded[name] = torch.empty(shape, dtype=dtype, device=device) if meta else files.read(name).to(device)
     return loaded

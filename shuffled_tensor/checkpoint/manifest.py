@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from shuffled_tensor.checkpoint.source import BROKEN, CheckpointError
+from shuffled_tensor.checkpoint.source import BROKEN, CheckpointError, parse_json
 from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import BLOCK, CODES, Part
 from shuffled_tensor.tensor.geometry import Geometry
@@ -87,13 +88,14 @@ def parse(metadata: Mapping[str, str], file: Path) -> dict[str, Entry]:
     if KEY not in metadata:
         return {}
     try:
-        manifest = json.loads(metadata[KEY])
+        manifest = parse_json(metadata[KEY])
         version = manifest["version"]
         if type(version) is not int or version != VERSION:
             raise CheckpointError(
                 f"the manifest of {file} has format version {version!r}, and this build knows {VERSION}; use a newer "
                 "shuffled_tensor"
             )
+        _check_keys(manifest, "version", "tensors", "seal")
         tensors = manifest["tensors"].items()
         sealed = manifest["seal"] == _seal(manifest["tensors"])
     except CheckpointError:
@@ -111,6 +113,12 @@ def parse(metadata: Mapping[str, str], file: Path) -> dict[str, Entry]:
     return entries
 
 
+def _check_keys(raw: dict[str, Any], *known: str) -> None:
+    unknown = sorted(raw.keys() - set(known))
+    if unknown:
+        raise ValueError(f"unknown keys {', '.join(unknown)}; use a newer shuffled_tensor")
+
+
 def _entry(raw: dict[str, Any]) -> Entry:
     shape = tuple(raw["shape"])
     checksum = raw["checksum"]
@@ -120,7 +128,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         raise ValueError(f"gate_up {raw['gate_up']!r} for {shape[-2]} rows")
     if raw["dtype"] not in _DTYPES:
         raise ValueError(f"dtype {raw['dtype']!r}")
-    if not isinstance(checksum, str) or len(checksum) != 64:
+    if not isinstance(checksum, str) or re.fullmatch("[0-9a-f]{64}", checksum) is None:
         raise ValueError(f"checksum {checksum!r}")
     entry = Entry(
         find_layout(raw["kind"]),
@@ -130,7 +138,8 @@ def _entry(raw: dict[str, Any]) -> Entry:
         layout_or_none(raw["shuffle_kind"]),
         checksum,
     )
-    if raw["padded"] != entry.padded:
+    _check_keys(raw, "kind", "gate_up", "shape", "padded", "dtype", "shuffle_kind", "checksum")
+    if raw["padded"] != entry.padded or any(type(size) is not int for size in raw["padded"] or ()):
         raise ValueError(f"padded sizes {raw['padded']} for layout {entry.layout.name!r}, which has {entry.padded}")
     return entry
 

@@ -6,16 +6,15 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Literal, NamedTuple
 
-import torch
-
 from shuffled_tensor.checkpoint import manifest
+from shuffled_tensor.checkpoint.measure import PLAIN_DTYPES, measure
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
-from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS, SCALES, Part
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
 
 __all__ = [
     "PART_NAMES",
@@ -29,11 +28,10 @@ __all__ = [
     "group_layers",
     "is_shared",
     "manifest_weights",
+    "unknown_tensors",
 ]
 
 _log = logging.getLogger("shuffled_tensor")
-
-_PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Projections(NamedTuple):
@@ -66,7 +64,12 @@ PROJECTIONS = (
         "apart",
         ("quark", "compressed-tensors"),
     ),
-    Projections(_BY_EXPERT, {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}, "apart", ("deepseek",)),
+    Projections(
+        _BY_EXPERT,
+        {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)},
+        "apart",
+        ("quark", "compressed-tensors", "deepseek"),
+    ),
     Projections(r"(?:(?P<prefix>.+)\.)?", {"w13": ("w13", 0), "w2": ("w2", 0)}, "contiguous", ("shuffled_tensor",)),
 )
 
@@ -82,6 +85,10 @@ PART_NAMES: dict[str, dict[str, Part | str]] = {
     "deepseek": {".weight": CODES, ".scale": SCALES},
     "shuffled_tensor": {"_weight.qdata": CODES, "_weight": CODES, "_weight.scale": SCALES, "_bias": BIAS},
 }
+
+
+_EXPERTS = re.compile(r"(?P<layer>(?:.+\.)?\w*experts?)\.")
+"""What the name of any tensor of experts begins with, in whatever format."""
 
 
 class _Name(NamedTuple):
@@ -153,7 +160,7 @@ def manifest_weights(files: Files) -> dict[str, Weight]:
                 if f"{name}.{part}" not in files:
                     raise CheckpointError(f"{name}.{part}, which the manifest of {file} describes, is missing")
                 weight.tensors[part][key] = f"{name}.{part}"
-            _measure(weight)
+            measure(weight)
             found[name] = weight
     for name in files:
         base = name.removesuffix(".qdata")
@@ -172,7 +179,63 @@ def find_layers(files: Files, prefix: str = "", format: FormatName = "auto") -> 
             or has another shape or dtype than the rest.
         ValueError: an unknown format.
     """
-    return {layer: check_layer(layer, weights) for layer, weights in group_layers(files, prefix, format).items()}
+    layers = group_layers(files, prefix, format)
+    for problem in unknown_tensors(files, layers.items(), prefix, format).values():
+        raise CheckpointError(problem)
+    return {layer: check_layer(layer, weights) for layer, weights in layers.items()}
+
+
+def unknown_tensors(
+    files: Files, layers: Iterable[tuple[str, dict[str, Weight]]], prefix: str = "", format: FormatName = "auto"
+) -> dict[str, str]:
+    """What is wrong with tensors that belong to experts by their names, and to none of the weights found: an outer
+    scale or an order of columns, which changes every value, or experts in a format that is not known. By layer.
+
+    Experts in no format that are plain, and shared ones that are not packed, are left out with a warning; those of
+    another format too, where the caller said which is wanted.
+    """
+    layers = list(layers)
+    read = {name for _, weights in layers for weight in weights.values() for name in weight.names()}
+    described = {name for file in files.files() for name in manifest.parse(files.metadata(file), file)}
+    read |= {f"{name}.{part}" for name in described for part in PARTS}
+    # beside our own weights, which are parameters of a module, there may be other buffers of it
+    own = {layer for layer, weights in layers if any(weight.row_order == "contiguous" for weight in weights.values())}
+    own |= {match["layer"] for match in map(_EXPERTS.match, described) if match is not None}
+    companions = [(layer, re.compile(re.escape(f"{layer}.".lstrip(".")) + r"w(13|2)_")) for layer in own]
+    theirs = {layer for layer, _ in layers} - own
+    others = [] if format == "auto" else [other for other in formats_in(files, prefix) if other != format]
+    found, left_out = defaultdict(list), set()
+    for name in (name for name in files if name.startswith(prefix) and name not in read):
+        layer = next((layer for layer, pattern in companions if pattern.match(name)), None)
+        match = _EXPERTS.match(name)
+        if layer is not None:
+            found[layer].append(name)
+        elif match is not None:
+            layer = match["layer"]
+            if any(_parse(name, other) is not None for other in others):
+                left_out.add(layer)
+            elif layer in theirs:
+                found[layer].append(name)
+            elif layer in own or is_shared(layer):
+                if files.is_any_of(name, CODES.dtypes) and "scale" not in name:
+                    found[layer].append(name)
+                left_out.add(layer)
+            elif files.is_any_of(name, PLAIN_DTYPES):
+                left_out.add(layer)
+            else:
+                found[layer].append(name)
+    for layer in sorted(left_out - own - theirs - set(found)):
+        why = "its weights are neither MXFP4 nor plain" if is_shared(layer) else "its names are not those of the format"
+        _log.warning("left out %s of %s: %s", layer, files.path, why)
+    return {layer: _unknown(files, layer, names) for layer, names in sorted(found.items())}
+
+
+def _unknown(files: Files, layer: str, names: list[str]) -> str:
+    more = f" and {len(names) - 1} more tensors of {layer} are" if len(names) > 1 else " is"
+    return (
+        f"{names[0]} in {files.file(names[0])}{more} named as in no format that is known, so what it says of the "
+        "experts would be lost; load_experts(prefix=...) reads layers without such tensors"
+    )
 
 
 def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, Weight]]:
@@ -201,7 +264,6 @@ def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, 
         if name.endswith(".qdata"):
             weight.entry = entries[files.file(name)].get(name.removesuffix(".qdata"))
     for layer in [layer for layer, weights in found.items() if _is_foreign(layer, weights)]:
-        _log.warning("left out %s of %s: its weights are neither MXFP4 nor plain", layer, files.path)
         del found[layer]
     if not found:
         raise CheckpointError(f"no tensor of {_among(files, prefix)} is named as in format {format!r}")
@@ -210,8 +272,9 @@ def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, 
 
 def _is_foreign(layer: str, weights: dict[str, Weight]) -> bool:
     """Whether these are shared experts in some other quantisation, as DeepSeek V4's are in fp8."""
-    dtypes = {weight.files.dtype(name) for weight in weights.values() for name in weight.tensors[CODES].values()}
-    return is_shared(layer) and bool(dtypes) and dtypes.isdisjoint((*CODES.dtypes, *_PLAIN_DTYPES))
+    codes = [(weight.files, name) for weight in weights.values() for name in weight.tensors[CODES].values()]
+    known = (*CODES.dtypes, *PLAIN_DTYPES)
+    return is_shared(layer) and bool(codes) and not any(files.is_any_of(name, known) for files, name in codes)
 
 
 def _known(format: str) -> str:
@@ -238,16 +301,22 @@ def detect(files: Files, prefix: str = "") -> str:
 
 
 def formats_in(files: Files, prefix: str = "") -> dict[str, str]:
-    """The formats whose own name for codes is there, each with an example."""
+    """The formats whose own name for codes is there, each with an example. Of those that call codes alike, the one
+    whose name for scales stands beside them."""
     names = [name for name in files if name.startswith(prefix)]
     examples: dict[str, str] = {}
-    for format in PART_NAMES:
+    beside: dict[str, str] = {}
+    for format, parts in PART_NAMES.items():
+        codes = next(iter(parts))
+        scales = next(suffix for suffix, part in parts.items() if part is SCALES)
         for name in names:
             said = _parse(name, format)
-            if said is not None and said.own and files.dtype(name) in CODES.dtypes:
-                examples[format] = name
-                break
-    return examples
+            if said is not None and said.own and files.is_any_of(name, CODES.dtypes):
+                examples.setdefault(format, name)
+                if name.removesuffix(codes) + scales in files:
+                    beside[format] = name
+                    break
+    return beside or examples
 
 
 def _among(files: Files, prefix: str) -> str:
@@ -263,7 +332,7 @@ def check_layer(layer: str, weights: dict[str, Weight]) -> Layer:
     for which in ("w13", "w2"):
         if which not in weights or not weights[which].tensors[CODES]:
             raise CheckpointError(f"{layer} in {next(iter(weights.values())).files.path} has no {which}")
-        _measure(weights[which])
+        measure(weights[which])
     w13, w2 = weights["w13"], weights["w2"]
     experts, rows, hidden = w13.shape
     if w2.shape != (experts, hidden, rows // 2):
@@ -272,84 +341,3 @@ def check_layer(layer: str, weights: dict[str, Weight]) -> Layer:
             f"{list(w2.shape)} in {w2.files.path}"
         )
     return Layer(w13, w2)
-
-
-def _measure(weight: Weight) -> None:
-    """Fill in what the tensors' shapes and dtypes say, and check that they all say the same."""
-    codes = weight.tensors[CODES]
-    first = next(iter(codes.values()))
-    shape, dtype = weight.files.shape(first), weight.files.dtype(first)
-    stacked = (None, 0) in codes
-    weight.quantized = dtype in CODES.dtypes
-    if not weight.quantized:
-        if dtype not in _PLAIN_DTYPES:
-            raise _wrong(weight, first, f"is {dtype}; codes are uint8 or int8, plain weights floating point")
-        weight.dtype = dtype
-    halves = 2 if weight.gate_up and weight.row_order == "apart" else 1
-    experts = shape[0] if stacked and shape else len({expert for expert, _ in codes})
-    lead = (experts,) if stacked else ()
-    if weight.entry is not None:
-        logical, weight.dtype = (1, *weight.entry.shape)[-3:], weight.entry.dtype
-        expected = {part: weight.entry.stored_shape(part) for part in PARTS}
-        if stacked != (len(weight.entry.shape) == 3) or weight.entry.gate_up != weight.gate_up:
-            what = f"{list(weight.entry.shape)} with gate_up={weight.entry.gate_up}"
-            raise _wrong(weight, first, f"is {what} by its manifest, not [experts, N, K] with gate_up={weight.gate_up}")
-    else:
-        if weight.row_order == "contiguous" and weight.quantized:
-            raise _wrong(weight, first, "is in no manifest, so its layout is unknown")
-        rows, columns = _logical(weight, first, shape[len(lead) :])
-        logical = (experts, rows * halves, columns)
-        expected = {CODES: shape, SCALES: (*lead, rows, columns // BLOCK)}
-    weight.shape = (logical[0], logical[1], logical[2])
-    if weight.gate_up and weight.shape[1] % 2:
-        raise _wrong(weight, first, f"has {weight.shape[1]} rows, which are no gate and up")
-    biases = [weight.files.dtype(name) for name in weight.tensors[BIAS].values()]
-    one = tuple(biases[:1]) if set(biases[:1]) <= set(_PLAIN_DTYPES) else _PLAIN_DTYPES
-    keys = [(None, 0)] if stacked else [(expert, half) for expert in range(experts) for half in range(halves)]
-    _check_part(weight, first, CODES, keys, CODES.dtypes if weight.quantized else (dtype,), expected[CODES])
-    if weight.quantized:
-        _check_part(weight, first, SCALES, keys, SCALES.dtypes, expected[SCALES])
-    if biases:
-        _check_part(weight, first, BIAS, keys, one, (*lead, weight.shape[1] // halves))
-
-
-def _logical(weight: Weight, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor of codes or plain values, from its shape without experts."""
-    rows, columns = 0, 0
-    if len(shape) == 2:
-        rows, columns = shape[0], shape[1] * (CODES.per_byte if weight.quantized else 1)
-    elif len(shape) == 3 and shape[2] == 16 and weight.quantized:
-        rows, columns = shape[0], shape[1] * BLOCK
-    if not rows or not columns or (weight.quantized and columns % BLOCK):
-        wanted = "[N, K/2] or [N, K/32, 16], K in blocks of 32" if weight.quantized else "[N, K]"
-        raise _wrong(weight, name, f"has shape {list(shape)} an expert, not {wanted}")
-    return rows, columns
-
-
-def _check_part(
-    weight: Weight,
-    first: str,
-    part: Part | str,
-    keys: Sequence[tuple[int | None, int]],
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-) -> None:
-    """Whether all tensors of a part are there, and of one shape and a known dtype."""
-    names = weight.tensors[part]
-    missing = [key for key in keys if key not in names]
-    if missing:
-        expert, half = missing[0]
-        where = ("" if expert is None else f" of expert {expert}") + (" (up)" if half else "")
-        raise _wrong(weight, first, f"has no {part}{where} beside it")
-    if len(names) > len(keys):
-        extra = next(name for key, name in names.items() if key not in keys)
-        raise _wrong(weight, extra, f"has no qdata beside it: there are {weight.shape[0]} experts")
-    for name in names.values():
-        if weight.files.dtype(name) not in dtypes:
-            raise _wrong(weight, name, f"is {weight.files.dtype(name)}, not {' or '.join(map(str, dtypes))}")
-        if weight.files.shape(name) != shape:
-            raise _wrong(weight, name, f"has shape {list(weight.files.shape(name))}, not {list(shape)}")
-
-
-def _wrong(weight: Weight, name: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{name} in {weight.files.file(name)} {what}")

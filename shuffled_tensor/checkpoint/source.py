@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -23,11 +23,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CheckpointError", "Files", "memory_of"]
+__all__ = ["CheckpointError", "Files", "memory_of", "parse_json"]
 
 
 DTYPES = {
     "BOOL": torch.bool,
+    "F4": torch.float4_e2m1fn_x2,
     "U8": torch.uint8,
     "U16": torch.uint16,
     "U32": torch.uint32,
@@ -124,7 +125,7 @@ class Files:
 
     def _open_index(self, index: Path) -> None:
         try:
-            names = _parse_json(index.read_bytes())["weight_map"].items()
+            names = parse_json(index.read_bytes().decode())["weight_map"].items()
         except BROKEN as error:
             raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from error
         for name, shard in names:
@@ -168,7 +169,24 @@ class Files:
         return self._tensors[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
+        """A tensor's shape in elements of :meth:`dtype`, of which one of F4 is two values."""
+        stored = self._tensors[name]
+        if stored.dtype != "F4":
+            return stored.shape
+        if not stored.shape or stored.shape[-1] % 2:
+            raise CheckpointError(
+                f"{name} in {stored.file} is F4 of shape {list(stored.shape)}, which torch cannot hold"
+            )
+        return *stored.shape[:-1], stored.shape[-1] // 2
+
+    def stored(self, name: str) -> tuple[str, tuple[int, ...], int]:
+        """What the header says of a tensor, whether torch has such a dtype or not: dtype, shape, and bytes."""
+        stored = self._tensors[name]
+        return stored.dtype, stored.shape, stored.end - stored.start
+
+    def is_any_of(self, name: str, dtypes: Collection[torch.dtype]) -> bool:
+        """Whether a tensor's dtype is among these; False for one that torch does not have."""
+        return DTYPES.get(self._tensors[name].dtype) in dtypes
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype.
@@ -192,7 +210,7 @@ class Files:
             CheckpointError: a dtype that torch does not have, or bytes that cannot be read.
         """
         stored, dtype = self._tensors[name], self.dtype(name)
-        shape, start = stored.shape, stored.start
+        shape, start = self.shape(name), stored.start
         for place in index:
             row = dtype.itemsize * math.prod(shape[1:])
             if isinstance(place, int):
@@ -204,6 +222,22 @@ class Files:
         data = out if direct else torch.empty(shape, dtype=dtype, device="cpu")
         assert data is not None
         assert data.nbytes == dtype.itemsize * math.prod(shape)
+        self._fill(data, name, start)
+        return data if direct or out is None else out.copy_(data.view(out.dtype).view(out.shape))
+
+    def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
+        """Some of a tensor's bytes, uint8, whatever its dtype.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        data = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+        self._fill(data, name, self._tensors[name].start + start)
+        return data
+
+    def _fill(self, data: Tensor, name: str, start: int) -> None:
+        """Read from a place in a tensor's file into contiguous memory."""
+        stored = self._tensors[name]
         done, memory = 0, memoryview(memory_of(data))
         while done < data.nbytes:  # of more than 2 GiB, the kernel reads a part
             try:
@@ -213,7 +247,6 @@ class Files:
             if not found:
                 raise CheckpointError(f"{name} in {stored.file} cannot be read: the file has become shorter")
             done += found
-        return data if direct or out is None else out.copy_(data.view(out.dtype).view(out.shape))
 
 
 def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, _Stored]]:
@@ -221,7 +254,7 @@ def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, 
     with safe_open(file, framework="pt"):
         pass  # it has checked that the tensors are one behind the other and fill the file
     length = int.from_bytes(data.read(8), "little")
-    header = _parse_json(data.read(length))
+    header = parse_json(data.read(length).decode())
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
@@ -230,8 +263,9 @@ def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, 
     return metadata, tensors
 
 
-def _parse_json(text: bytes) -> dict[str, Any]:
-    parsed = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+def parse_json(text: str) -> dict[str, Any]:
+    """A JSON object; raises one of BROKEN."""
+    parsed = json.loads(text, object_pairs_hook=_without_duplicates)
     if not isinstance(parsed, dict):
         raise ValueError("no JSON object")
     return parsed

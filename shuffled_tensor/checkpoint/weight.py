@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +47,11 @@ class Weight:
     @property
     def intermediate(self) -> int:
         return self.shape[1] // 2 if self.gate_up else self.shape[2]
+
+    def names(self) -> Iterator[str]:
+        """Of all its tensors."""
+        for named in self.tensors.values():
+            yield from named.values()
 
     def read(self, part: Part | str, expert: int, span: range) -> Tensor:
         """One expert's codes (plain values where not quantised), scales or bias, row-major and gate rows first: uint8

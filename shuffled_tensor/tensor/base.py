@@ -66,7 +66,7 @@ class StorageTensor(Tensor):
         # (pytorch#164872).
         with torch.inference_mode(False), torch.no_grad():
             self = torch.Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dtype, device=storage.qdata.device, requires_grad=False
+                cls, shape, dtype=dtype, device=storage.device, requires_grad=False
             )
         self._storage, self._window = storage, window
         storage.own()
@@ -78,6 +78,15 @@ class StorageTensor(Tensor):
         )
 
     apply_ = __dlpack__ = _no_memory  # torch does them in C, and crashes on a wrapper
+    numpy = tolist = __array__ = _no_memory  # of these it says that they are not supported, and nothing more
+
+    def storage(self) -> NoReturn:
+        # What safetensors asks for when `untyped_storage()` has no address: it takes a NotImplementedError from here
+        # for a tensor on the meta device, and writes whatever memory is there.
+        raise RuntimeError(
+            f"a {type(self).__name__} has no storage of its own, which safetensors' functions and save_pretrained "
+            "would write; save a ShuffledMXFP4Tensor with shuffled_tensor.save_file, or what its .dequantize() returns"
+        )
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

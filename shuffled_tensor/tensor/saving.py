@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
+from shuffled_tensor.mxfp4 import CODES, PARTS
 from shuffled_tensor.tensor.geometry import Geometry, Window
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -46,8 +48,57 @@ def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> Pack
         ValueError: the file is of a later version.
     """
     _check_keys(state, "gate_up", "shuffle_kind")
-    layout = layout_or_none(state["shuffle_kind"])
-    return PackedStorage.pack(qdata, scale, gate_up=state["gate_up"], requested_layout=layout)
+    geometry = Geometry(qdata.shape[1], qdata.shape[2] * CODES.per_byte, state["gate_up"])
+    return _Unread(qdata, scale, geometry, requested_layout=layout_or_none(state["shuffle_kind"]))
+
+
+_QDATA, _SCALE = (vars(PackedStorage)[part.name] for part in PARTS)  # slots
+
+
+class _Unread(PackedStorage):
+    """Logical bytes out of a file, which become a storage when somebody first looks at them.
+
+    Not before: ``torch.load`` fills the tensors of a file without zip format after it has rebuilt all objects in it, so
+    that a copy of them would hold what was in the memory before.
+    """
+
+    __slots__ = ()
+
+    @property
+    def qdata(self) -> Tensor:
+        self._pack()
+        return self.qdata
+
+    @qdata.setter
+    def qdata(self, data: Tensor) -> None:
+        _QDATA.__set__(self, data)
+
+    @property
+    def scale(self) -> Tensor:
+        self._pack()
+        return self.scale
+
+    @scale.setter
+    def scale(self, data: Tensor) -> None:
+        _SCALE.__set__(self, data)
+
+    @property
+    def experts(self) -> range:
+        return range(len(_QDATA.__get__(self)))
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = _QDATA.__get__(self).device
+        return device
+
+    def _pack(self) -> None:
+        with self._lock, torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
+            if type(self) is PackedStorage:
+                return  # another thread was faster
+            qdata, scale = _QDATA.__get__(self), _SCALE.__get__(self)
+            packed = PackedStorage.pack(qdata, scale, gate_up=self.geometry.gate_up)
+            self.qdata, self.scale = packed.qdata, packed.scale
+            self.__class__ = PackedStorage  # type: ignore[assignment]
 
 
 @_frozen
@@ -80,8 +131,11 @@ def _check_keys(state: dict[str, Any], *known: str) -> None:
 
 def _reduce_storage(storage: PackedStorage) -> tuple[Any, ...]:
     # What is written is canonical and without padding, whatever the layout in memory: a file does not depend on a GPU
-    # or on what computes there.
-    qdata, scale = storage.canonical(storage.experts)
+    # or on what computes there. What is written of a tensor is all of the memory that it is a view of.
+    qdata, scale = (
+        data if data.untyped_storage().nbytes() == data.nbytes else data.clone(memory_format=torch.contiguous_format)
+        for data in storage.canonical(storage.experts)
+    )
     state = {"gate_up": storage.geometry.gate_up, "shuffle_kind": name_or_none(storage.requested_layout)}
     return rebuild_storage, (qdata, scale, state)
 

@@ -176,6 +176,11 @@ class PackedStorage:
         """All of them."""
         return range(self.qdata.shape[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.qdata.device
+
     def bytes_of(self, part: Part) -> Tensor:
         """All codes, or all scales, as they lie."""
         data: Tensor = getattr(self, part.name)
