@@ -91,14 +91,18 @@ class _Unread(PackedStorage):
         device: torch.device = _QDATA.__get__(self).device
         return device
 
+    def own(self) -> None:
+        """Not yet: these bytes are not the ones that it will have."""
+
     def _pack(self) -> None:
-        with self._lock, torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
+        with self.lock, torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
             if type(self) is PackedStorage:
                 return  # another thread was faster
             qdata, scale = _QDATA.__get__(self), _SCALE.__get__(self)
             packed = PackedStorage.pack(qdata, scale, gate_up=self.geometry.gate_up)
             self.qdata, self.scale = packed.qdata, packed.scale
             self.__class__ = PackedStorage  # type: ignore[assignment]
+            self.own()
 
 
 @_frozen
