@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shuffled_tensor import CheckpointError, convert, load_experts, load_file, save_file
 from shuffled_tensor.checkpoint import conversion, writer
-from shuffled_tensor.checkpoint.source import Files
+from shuffled_tensor.checkpoint.source import Files, memory_of
 
 from .support.bytes import coded, moderate_scales
 from .support.judges import by_formula, dense
@@ -355,3 +355,36 @@ def test_killed_at_20_moments(tmp_path: Path) -> None:
         assert not partial.exists()
         destination.unlink()
     assert on_the_way > 3
+
+
+@pytest.mark.parametrize("layout", ["canonical", "mxfp4_moe"])
+def test_killed_inside_every_piece(layout: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that the kernel cut short, at, before and after every border: all of the piece is written again, and none
+    before it."""
+    whole, destination = tmp_path / "whole.safetensors", tmp_path / "converted.safetensors"
+    partial = tmp_path / "converted.safetensors.partial"
+    convert(source, whole, layout=layout)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_compared", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, destination, layout=layout)
+    begun = partial.read_bytes()
+    start = 8 + int.from_bytes(begun[:8], "little")
+    header = json.loads(begun[8:start])
+    borders = {place for name, entry in header.items() if name != "__metadata__" for place in entry["data_offsets"]}
+    for name, entry in header.items():
+        if name.endswith((".qdata", ".scale")):
+            first, last = entry["data_offsets"]
+            borders |= {first + expert * (last - first) // EXPERTS for expert in range(EXPERTS)}
+    pieces: list[int] = []
+    monkeypatch.setattr(writer, "memory_of", lambda data: pieces.append(data.nbytes) or memory_of(data))
+    for cut in sorted({0, 5, start - 1, start} | {start + border + near for border in borders for near in (-1, 0, 1)}):
+        if cut > len(begun):
+            continue
+        partial.write_bytes(begun[:cut])
+        pieces.clear()
+        convert(source, destination, layout=layout)
+        assert destination.read_bytes() == whole.read_bytes(), cut
+        done = max((border for border in borders if start + border <= cut), default=0)
+        assert sum(pieces) == len(begun) - start - done, cut
+        destination.unlink()

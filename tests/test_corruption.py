@@ -526,10 +526,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "dim": ({"dim": "rows"}, "dim must be 'expert' or 'intermediate', found 'rows'"),
     "rank": ({"rank": 2, "world_size": 2}, "rank must be in 0..1, found 2"),
     "negative rank": ({"rank": -1}, "rank must be in 0..0, found -1"),
-    "experts": ({"world_size": 3}, f"{NAME}: 2 (expert) cannot be parted into 3 equal parts of multiples of 1"),
+    "experts": ({"world_size": 3}, f"{NAME}: 2 (expert) cannot be parted into 3 equal parts"),
     "blocks": (
         {"world_size": 4, "dim": "intermediate"},
-        f"{NAME}: 64 (intermediate) cannot be parted into 4 equal parts of multiples of 32",
+        f"{NAME}: 64 (intermediate) cannot be parted into 4 parts of whole blocks of 32",
     ),
     "prefix": (
         {"prefix": "model.layers.4."},

@@ -166,6 +166,64 @@ def test_the_layers_output(tmp_path: Path, format: str, size: str) -> None:
         assert relative_error(total, expected) <= 1e-5, dim
 
 
+PER_RANK = {  # of an intermediate size, by ranks; the first two are gpt-oss's, whose ranges are vLLM's
+    (2880, 4): (736, 736, 736, 672),
+    (2880, 8): (384, 384, 384, 384, 384, 384, 384, 192),
+    (2880, 2): (1440, 1440),
+    (320, 3): (128, 128, 64),
+    (288, 2): (160, 128),
+    (512, 3): (192, 192, 128),
+    (96, 3): (32, 32, 32),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("intermediate", "ranks"), PER_RANK)
+def test_ranks_that_do_not_come_out_even(intermediate: int, ranks: int, layout: str, tmp_path: Path) -> None:
+    """Read from a file or cut from a weight, each rank has whole blocks, and all outputs together are the layer's."""
+    whole, name, hidden = make_dense(2, 64, intermediate), layer_name("gpt-oss"), 64
+    path = store(in_format("gpt-oss", whole, name), tmp_path, "file")
+    call = routed(hidden, 2)
+    w13, w2 = dense(*whole.w13), dense(*whole.w2)
+    expected = dense_moe(**call, w13=w13, w2=w2, activation="swiglu", w13_bias=whole.w13_bias, w2_bias=whole.w2_bias)
+    layer = load_experts(path)[name]
+    layer.w13.shuffle_(layout)
+    layer.w2.shuffle_(layout)
+    from_files, from_weights, start = torch.zeros_like(expected), torch.zeros_like(expected), 0
+    for rank, size in enumerate(PER_RANK[intermediate, ranks]):
+        own, start = slice(start, start + size), start + size
+        found = load_experts(path, dim="intermediate", rank=rank, world_size=ranks)[name]
+        shards = layer.w13.shard(rank, ranks), layer.w2.shard(rank, ranks)
+        gate_and_up = torch.cat([half[:, own] for half in w13.chunk(2, 1)], 1)
+        for part, of_w2 in ((found, found.w2), (Experts(*shards, None, None), shards[1])):
+            assert torch.equal(part.w13.dequantize(torch.float64), gate_and_up)
+            assert torch.equal(of_w2.dequantize(torch.float64), w2[..., own])
+        assert torch.equal(found.w13_bias, torch.cat([half[:, own] for half in whole.w13_bias.chunk(2, 1)], 1))
+        assert torch.equal(found.w2_bias, whole.w2_bias * (rank == 0))
+        from_files += output(found, call, activation="swiglu")
+        shard = Experts(*shards, found.w13_bias, found.w2_bias)
+        from_weights += output(shard, call, activation="swiglu")
+    assert start == intermediate
+    assert relative_error(from_files, expected) <= 1e-5
+    assert relative_error(from_weights, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("intermediate", "ranks"), [(96, 4), (288, 4), (288, 8), (32, 2)])
+def test_blocks_that_do_not_suffice_are_an_error_on_every_rank(intermediate: int, ranks: int, tmp_path: Path) -> None:
+    whole, name = make_dense(2, 64, intermediate), layer_name("gpt-oss")
+    path = store(in_format("gpt-oss", whole, name), tmp_path, "file")
+    layer = load_experts(path)[name]
+    message = rf"{intermediate} \(intermediate\) cannot be parted into {ranks} parts of whole blocks of 32"
+    for rank in range(ranks):
+        for call in (
+            lambda rank: load_experts(path, dim="intermediate", rank=rank, world_size=ranks),
+            lambda rank: layer.w13.shard(rank, ranks),
+            lambda rank: layer.w2.shard(rank, ranks),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(rank)
+
+
 # --- what else is in a checkpoint
 
 

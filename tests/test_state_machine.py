@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -399,17 +400,19 @@ class Life(RuleBasedStateMachine):
         qdata, scale = alias.qdata, alias.scale
         rank = data.draw(st.integers(0, world_size - 1))
         size = len(qdata) if dim == "expert" else qdata.shape[1] // 2 if alias.gate_up else qdata.shape[2] * 2
-        if size % world_size or (dim == "intermediate" and size // world_size % 32):
+        unit = 32 if dim == "intermediate" else 1
+        each = unit * math.ceil(size / unit / world_size)
+        if size % unit or (world_size - 1) * each >= size or (dim == "expert" and size % world_size):
             with pytest.raises(ValueError, match="cannot be parted"):
                 alias.weight.shard(rank, world_size, dim=dim)
             return
         if dim == "expert":
             parts = qdata.chunk(world_size)[rank], scale.chunk(world_size)[rank]
         elif alias.gate_up:
-            own = slice(rank * size // world_size, (rank + 1) * size // world_size)
+            own = slice(rank * each, (rank + 1) * each)
             parts = tuple(torch.cat([half[:, own] for half in part.chunk(2, 1)], 1) for part in (qdata, scale))
         else:
-            parts = qdata.chunk(world_size, 2)[rank], scale.chunk(world_size, 2)[rank]
+            parts = qdata.split(each // 2, 2)[rank], scale.split(each // 32, 2)[rank]
         self.hold_copy(
             alias.weight.shard(rank, world_size, dim=dim),
             parts,

@@ -18,8 +18,8 @@ from shuffled_tensor.checkpoint.names import FormatName, Layer, find_layers, is_
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.layouts import ROW_MAJOR
-from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS
-from shuffled_tensor.tensor.geometry import Geometry, ShardDim
+from shuffled_tensor.mxfp4 import CODES, PARTS
+from shuffled_tensor.tensor.geometry import Geometry, ShardDim, shard_range
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -60,8 +60,9 @@ def load_experts(
         device: where new tensors go; on ``"meta"`` they have sizes only, and only headers are read.
         rank, world_size: of how many parts which is wanted; only that part is read.
         dim: ``"expert"`` for expert parallelism (shared experts are whole on every rank), or ``"intermediate"`` for
-            tensor parallelism: matching gate and up rows of w13, columns of w2. A w2 bias is rank 0's alone there,
-            zero for the others, since ranks' outputs are added.
+            tensor parallelism: matching gate and up rows of w13, columns of w2, parted as
+            :meth:`ShuffledMXFP4Tensor.shard` does. A w2 bias is rank 0's alone there, zero for the others, since ranks'
+            outputs are added.
         into: write into the parameters ``w13_weight``, ``w2_weight``, ``w13_bias`` and ``w2_bias`` of this module's
             submodules of the layers' names, in the layout and at the address that they have, instead of into new
             tensors.
@@ -130,18 +131,17 @@ class _Cut(NamedTuple):
     whole: bool
 
 
-def _cut(name: str, layer: Layer, rank: int, world_size: int, dim: str) -> _Cut:
+def _cut(name: str, layer: Layer, rank: int, world_size: int, dim: ShardDim) -> _Cut:
     experts, intermediate = range(layer.w13.shape[0]), range(layer.w2.shape[2])
     if dim == "expert" and is_shared(name):
         return _Cut(experts, intermediate, True)
-    size = len(experts) if dim == "expert" else len(intermediate)
-    unit = 1 if dim == "expert" else BLOCK
-    if size % (world_size * unit):
-        raise ValueError(
-            f"{name}: {size} ({dim}) cannot be parted into {world_size} equal parts of multiples of {unit}"
-        )
-    part = range(rank * size // world_size, (rank + 1) * size // world_size)
-    return _Cut(*((part, intermediate) if dim == "expert" else (experts, part)), world_size == 1)
+    if world_size == 1:
+        return _Cut(experts, intermediate, True)
+    try:
+        part = shard_range(len(experts if dim == "expert" else intermediate), rank, world_size, dim)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return _Cut(*((part, intermediate) if dim == "expert" else (experts, part)), False)
 
 
 def _shapes(layer: Layer, cut: _Cut) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from shuffled_tensor.layouts import round_up
-from shuffled_tensor.mxfp4 import Part
+from shuffled_tensor.mxfp4 import BLOCK, Part
 
-__all__ = ["PADDING", "Geometry", "RowOrder", "ShardDim", "Window", "slice_of"]
+__all__ = ["PADDING", "Geometry", "RowOrder", "ShardDim", "Window", "shard_range", "slice_of"]
 
 RowOrder = Literal["contiguous", "interleaved"]
 """How the rows of a gate-up weight come: all gate rows, then all up rows; or g0, u0, g1, u1, ..."""
@@ -94,6 +94,30 @@ class Window(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         return len(self.experts), len(self.rows), len(self.columns)
+
+
+def shard_range(size: int, rank: int, world_size: int, dim: ShardDim) -> range:
+    """A rank's part of `size` experts, all of them equal, or of an intermediate dimension, in whole blocks of 32.
+
+    Where blocks do not come out even, the first ranks get as many as a rank needs to get at least, and the last one the
+    rest, as in the engines: of 2880, at 4 ranks, 736, 736, 736 and 672.
+
+    Raises:
+        ValueError: the rank is out of range, or on one of the ranks nothing would be left; on every rank alike.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
+    if dim == "expert":
+        if size % world_size:
+            raise ValueError(f"{size} (expert) cannot be parted into {world_size} equal parts")
+        each = size // world_size
+    else:
+        each = round_up(-(-size // world_size), BLOCK)
+        if size % BLOCK or (world_size - 1) * each >= size:
+            raise ValueError(
+                f"{size} (intermediate) cannot be parted into {world_size} parts of whole blocks of {BLOCK}"
+            )
+    return range(rank * each, min((rank + 1) * each, size))
 
 
 def slice_of(window: range, part: Part | None = None) -> slice:

@@ -17,7 +17,7 @@ from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, slice_of
+from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, shard_range, slice_of
 from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.storage import PackedStorage
@@ -248,31 +248,30 @@ class ShuffledMXFP4Tensor(Wrapper):
 
         Args:
             rank: which part, from 0 to ``world_size - 1``.
-            world_size: how many equal parts.
-            dim: ``"expert"``, or ``"intermediate"`` for tensor parallelism: the matching gate and up rows of a w13, and
-                columns of a w2, which must be multiples of 32.
+            world_size: how many parts.
+            dim: ``"expert"``, in equal parts; or ``"intermediate"`` for tensor parallelism: the matching gate and up
+                rows of a w13, and columns of a w2, in whole blocks of 32. Where blocks do not come out even, the first
+                ranks get as many as a rank needs to get at least, and the last one the rest, as in the engines: of
+                gpt-oss's 2880, at 4 ranks, 736, 736, 736 and 672. The ranks' outputs add up to the layer's.
 
         Raises:
-            ValueError: an unknown ``dim``, a rank out of range, or parts that are not equal or cut through a block.
+            ValueError: an unknown ``dim``, a rank out of range, numbers of experts that are not equal, or, on every
+                rank, blocks that do not suffice for the last one.
         """
         if dim not in ("expert", "intermediate"):
             raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
         if dim == "expert" and self.dim() == 2:
             raise ValueError(f"dim='expert' needs a tensor [experts, N, K], found shape {list(self.shape)}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
         size = self.shape[0] if dim == "expert" else self.shape[-2] // 2 if self.gate_up else self.shape[-1]
-        if size % world_size or (dim == "intermediate" and (size // world_size) % mxfp4.BLOCK):
-            raise ValueError(f"{size} ({dim}) cannot be parted into {world_size} equal parts of whole blocks of 32")
-        start, stop = rank * size // world_size, (rank + 1) * size // world_size
+        part = shard_range(size, rank, world_size, dim)
         if dim == "expert":
-            return self[start:stop].clone()  # type: ignore[return-value]
+            return self[slice_of(part)].clone()  # type: ignore[return-value]
         if not self.gate_up:
-            return self[..., start:stop].clone()  # type: ignore[return-value]
-        halves = self._storage.halves(self._window.experts, range(start, stop))
+            return self[..., slice_of(part)].clone()  # type: ignore[return-value]
+        halves = self._storage.halves(self._window.experts, part)
         parts = (
-            data.flatten(1, 2)[..., slice_of(self._window.columns, part)].contiguous()
-            for part, data in zip(PARTS, halves, strict=True)
+            data.flatten(1, 2)[..., slice_of(self._window.columns, of)].contiguous()
+            for of, data in zip(PARTS, halves, strict=True)
         )
         own = PackedStorage.pack(*parts, gate_up=True, requested_layout=self._storage.requested_layout)
         own.convert_layout_(self._storage.layout)
