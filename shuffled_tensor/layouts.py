@@ -21,12 +21,13 @@ from einops import rearrange
 from torch import Tensor
 
 from shuffled_tensor import owners
-from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part, check_tensor
 
 __all__ = [
     "LAYOUTS",
     "ROW_MAJOR",
     "Layout",
+    "check_gate_up",
     "find_layout",
     "layout_or_none",
     "name_or_none",
@@ -98,7 +99,7 @@ class Order:
         return tile * self.part.element.itemsize * self.part.per_byte
 
     def shuffle(self, data: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
-        """From row-major uint8 ``[E, N, bytes]`` into this order; in place where ``out`` is ``data``, by way of
+        """From row-major uint8 ``[E, N, bytes]`` into this order; in place where ``out`` is the memory of ``data``, by way of
         :meth:`scratch`."""
         return self._move(data, out, scratch, inverse=False)
 
@@ -134,7 +135,7 @@ class Order:
         return [len(data), *(sizes[axis] for axis in memory)]
 
     def _move(self, data: Tensor, out: Tensor | None, scratch: Tensor | None, *, inverse: bool) -> Tensor:
-        in_place = out is data or (out is not None and out.is_set_to(data))  # traced tensors know no memory to compare
+        in_place = out is not None and same_memory(data, out)
         rows, columns, memory = self._axes
         if memory == rows + columns:  # nothing changes its place
             return data if in_place else data.clone() if out is None else out.copy_(data)
@@ -241,7 +242,7 @@ def find_layout(name: str) -> Layout:
     Raises:
         ValueError: there is none.
     """
-    found = LAYOUTS.get(name)
+    found = LAYOUTS.get(name) if isinstance(name, str) else None
     if found is None:
         raise ValueError(f"unknown shuffle_kind {name!r}; known: {', '.join(map(repr, LAYOUTS))}")
     return found
@@ -261,6 +262,15 @@ def name_or_none(layout: Layout | None) -> str | None:
     return None if layout is None else layout.name
 
 
+def check_gate_up(gate_up: bool) -> None:
+    """Raise TypeError for anything but True and False: None, a string and 1 would each mean something else to
+    somebody."""
+    if not isinstance(gate_up, bool):
+        raise TypeError(
+            f"gate_up must be True (gate rows, then up rows: w13) or False (rows of one kind: w2), found {gate_up!r}"
+        )
+
+
 def shuffle_weight(qdata: Tensor, shuffle_kind: str, *, gate_up: bool, out: Tensor | None = None) -> Tensor:
     """Lay packed fp4 codes out.
 
@@ -269,16 +279,16 @@ def shuffle_weight(qdata: Tensor, shuffle_kind: str, *, gate_up: bool, out: Tens
             when ``gate_up``.
         shuffle_kind: the name of a layout. ``"none"`` copies.
         gate_up: whether the rows are two stacked halves, gate and up (w13), or one (w2).
-        out: where to write; ``qdata`` itself permutes in place, expert by expert, in scratch of at most 64 MiB or one
-            expert, whichever is larger.
+        out: where to write; ``qdata`` itself, or another tensor over just its memory, permutes in place, expert by
+            expert, in scratch of at most 64 MiB or one expert, whichever is larger.
 
     Returns:
         ``out``, or a new tensor: uint8, contiguous, of the shape of ``qdata``.
 
     Raises:
-        TypeError: not a uint8 tensor.
+        TypeError: not a uint8 tensor, or a ``gate_up`` that is neither True nor False.
         ValueError: an unknown layout, another rank than 2 or 3, sizes that do not tile, or an ``out`` that cannot take
-            the result.
+            the result, such as one that shares a part of the memory of ``qdata``.
     """
     return _apply(CODES, qdata, shuffle_kind, gate_up, out, inverse=False)
 
@@ -300,6 +310,7 @@ def unshuffle_scale(scale: Tensor, shuffle_kind: str, *, gate_up: bool, out: Ten
 
 def _apply(part: Part, data: Tensor, name: str, gate_up: bool, out: Tensor | None, *, inverse: bool) -> Tensor:
     layout = find_layout(name)
+    check_gate_up(gate_up)
     _check_input(part, data, out)
     if not inverse:
         owners.check_row_major(part.name, data)
@@ -308,7 +319,7 @@ def _apply(part: Part, data: Tensor, name: str, gate_up: bool, out: Tensor | Non
     order = layout.order(part, gate_up)
     _check_sizes(part, data, layout, gate_up)
     experts = data if data.dim() == 3 else data.unsqueeze(0)
-    into = experts if out is data else out if out is None or out.dim() == 3 else out.unsqueeze(0)
+    into = out if out is None or out.dim() == 3 else out.unsqueeze(0)
     done = order.unshuffle(experts, into) if inverse else order.shuffle(experts, into)
     return done.view(data.shape) if out is None else out
 
@@ -321,6 +332,7 @@ def expert_chunks(experts: int, bytes_per_expert: int, limit: int = MAX_SCRATCH)
 
 def _check_input(part: Part, data: Tensor, out: Tensor | None) -> None:
     for name, tensor in ((part.name, data), ("out", data if out is None else out)):
+        check_tensor(name, tensor)
         if tensor.dtype is not torch.uint8:
             raise TypeError(
                 f"{name} must be a uint8 tensor, found {tensor.dtype}; packed fp4 codes and e8m0 scales "
@@ -339,6 +351,29 @@ def _check_input(part: Part, data: Tensor, out: Tensor | None) -> None:
             )
     if out is not None and (out.shape != data.shape or out.device != data.device):
         raise ValueError(f"out must be {list(data.shape)} on {data.device}, found {list(out.shape)} on {out.device}")
+    if out is not None and _overlap(data, out) and not same_memory(data, out):
+        raise ValueError(
+            f"out shares a part of the memory of {part.name}, whose bytes would be overwritten before they are read; "
+            f"give memory apart from it, or {part.name} itself to shuffle in place"
+        )
+
+
+def same_memory(data: Tensor, out: Tensor) -> bool:
+    """Whether two contiguous tensors of one shape are the same bytes, whatever objects they are."""
+    if out is data or out.is_set_to(data):
+        return True
+    return _has_address(data, out) and data.data_ptr() == out.data_ptr()
+
+
+def _overlap(data: Tensor, out: Tensor) -> bool:
+    if not _has_address(data, out):
+        return False
+    return abs(data.data_ptr() - out.data_ptr()) < data.nbytes
+
+
+def _has_address(*tensors: Tensor) -> bool:
+    # traced tensors know no memory to compare
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors)
 
 
 def _check_sizes(part: Part, data: Tensor, layout: Layout, gate_up: bool) -> None:

@@ -19,7 +19,7 @@ from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import layout_or_none
 from shuffled_tensor.mxfp4 import ScaleRule
 from shuffled_tensor.tensor import policy
-from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.tensor.checks import check_high_precision, check_logical_dtype, check_parts, check_row_order
 from shuffled_tensor.tensor.geometry import RowOrder
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -153,7 +153,7 @@ def quantize_experts_(
                     "expert weights to quantise are plain and [experts, N, K], found "
                     f"{type(values).__name__} of shape {list(values.shape)}"
                 )
-            check_logical_dtype(values.dtype)
+            check_high_precision(values)
             mxfp4.check_quantizable(values, scale_rule)
             check_row_order(**order, rows=values.shape[-2])
     for owner, prefix in owners:

@@ -8,10 +8,12 @@ even column. A scale byte ``b`` is ``2**(b - 127)``; 255 is NaN, and makes its w
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ __all__ = ["BLOCK", "CODES", "PARTS", "SCALES", "SCALE_RULES", "Part", "ScaleRul
 
 BLOCK = 32
 """Elements that share one scale."""
+
+LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Those in which values can be given out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +57,19 @@ PARTS = (CODES, SCALES)
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
+_NORMAL, _INFINITY = 1 << 23, 255 << 23  # bits of float32: of the smallest normal number, and of infinity
 _BYTE_VALUES = [[_VALUES[byte & 15], _VALUES[byte >> 4]] for byte in range(256)]
+
+
+def _float32_bits(value: float) -> int:
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
 
 # A value between two magnitudes goes to the nearer one, and from the midpoint to the even code. `bucketize` sends an
 # exact boundary down, so where the even code is the upper one the boundary is the float32 just below the midpoint.
+# Positive floats are ordered as their bits are. (No tensor is made here: an import may run under any mode of torch.)
 _BOUNDARIES = tuple(
-    midpoint if code % 2 == 0 else torch.nextafter(*torch.tensor([midpoint, 0.0], dtype=torch.float32)).item()
-    for code, midpoint in enumerate((low + high) / 2 for low, high in pairwise(_MAGNITUDES))
+    _float32_bits((low + high) / 2) - code % 2 for code, (low, high) in enumerate(pairwise(_MAGNITUDES))
 )
 
 ScaleRule = Literal["floor", "even", "round_up", "amax4"]
@@ -67,14 +78,15 @@ ScaleRule = Literal["floor", "even", "round_up", "amax4"]
 # of e2m1, which is two binades above 1.
 _SCALE_RULES: dict[ScaleRule, Callable[[Tensor], Tensor]] = {
     # OCP MX 1.0, section 6.3: 2**(floor(log2(amax)) - 2)
-    "floor": lambda amax: (_bits(amax) >> 23) - 2,
+    "floor": lambda amax: (amax >> 23) - 2,
     # the same, where an amax from 1.75 * 2**n on counts as the next binade (Quark; AMD's kernels until July 2026)
-    "even": lambda amax: ((_bits(amax) + 0x200000) >> 23) - 2,
-    # the power of two at or above amax / 6, so that nothing saturates (AMD's kernels since July 2026)
-    "round_up": lambda amax: (_bits(amax * (1 / 6)) + 0x7FFFFF) >> 23,
+    "even": lambda amax: ((amax + 0x200000) >> 23) - 2,
+    # the power of two at or above amax / 6, so that nothing saturates (AMD's kernels since July 2026), where a float32
+    # amax / 6 that is not zero counts as at least 2**-126
+    "round_up": lambda amax: torch.maximum(((amax + 0x3FFFFF) >> 23) - 2, (amax > 2).int()),
     # amax / 4 rounded to a power of two, upwards from a mantissa of 1.5 (AMD's one-stage fused kernels, for the
     # intermediate)
-    "amax4": lambda amax: ((_bits(amax) + 0x400000) >> 23) - 2,
+    "amax4": lambda amax: ((amax + 0x400000) >> 23) - 2,
 }
 
 SCALE_RULES: tuple[ScaleRule, ...] = tuple(_SCALE_RULES)
@@ -99,50 +111,106 @@ def quantize(values: Tensor, *, scale_rule: ScaleRule = "even") -> tuple[Tensor,
         ValueError: K is not a multiple of 32, or the rule is unknown.
     """
     check_quantizable(values, scale_rule)
-    blocks = values.float().unflatten(-1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
+    # On bits throughout: subnormal numbers are zero to arithmetic under torch.set_flush_denormal.
+    bits = _bits(values).unflatten(-1, (values.shape[-1] // BLOCK, BLOCK))
+    magnitude = bits & 0x7FFFFFFF
+    amax = magnitude.amax(-1)
     exponent = _SCALE_RULES[scale_rule](amax).clamp(0, 254)
-    scale = torch.where(amax.isfinite(), exponent, 255).to(torch.uint8)
-    scaled = blocks / e8m0_to_float(scale).unsqueeze(-1)
-    boundaries = torch.tensor(_BOUNDARIES, dtype=torch.float32, device=values.device)
-    codes = torch.bucketize(scaled.abs(), boundaries, out_int32=True).to(torch.uint8)
-    codes |= torch.signbit(blocks).to(torch.uint8) << 3
+    scale = torch.where(amax < _INFINITY, exponent, 255).to(torch.uint8)
+    # a subnormal gets the exponent that it would have if float32 had smaller ones; and zero, that of the smallest
+    magnitude = magnitude.clamp(min=1)
+    normal = torch.where(magnitude < _NORMAL, _bits(magnitude.float()) - (149 << 23), magnitude)
+    boundaries = torch.tensor(_BOUNDARIES, dtype=torch.int32, device=values.device)
+    scaled = normal - ((exponent - 127) << 23).unsqueeze(-1)
+    codes = torch.bucketize(scaled, boundaries, out_int32=True).to(torch.uint8)
+    codes |= (bits >> 28 & 8).to(torch.uint8)  # the sign
     codes = codes.flatten(-2)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), scale
 
 
 def check_quantizable(values: Tensor, scale_rule: str) -> None:
     """Raise what :func:`quantize` would."""
-    if not values.is_floating_point():
+    check_tensor("values", values)
+    if not values.is_floating_point() or values.dtype in (*CODES.dtypes, *SCALES.dtypes):
         raise TypeError(f"quantize takes floating-point values, found {values.dtype}")
     if values.dim() == 0 or values.shape[-1] % BLOCK:
         raise ValueError(f"the last dimension must be a multiple of {BLOCK}, found shape {list(values.shape)}")
-    if scale_rule not in _SCALE_RULES:
+    if not isinstance(scale_rule, str) or scale_rule not in _SCALE_RULES:
         raise ValueError(f"unknown scale_rule {scale_rule!r}; known rules: {', '.join(map(repr, SCALE_RULES))}")
 
 
 def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of row-major MXFP4 bytes: ``[..., K]`` from uint8 ``[..., K/2]`` codes and uint8 ``[..., K/32]``
-    scales.
+    """The values of row-major MXFP4 bytes.
 
-    Exact in float32, bfloat16 and float64 but for scales from 253 up, whose larger codes overflow the first two to
-    infinity. -0 stays -0.
+    Args:
+        qdata: ``[..., K/2]`` codes, two a byte: uint8, int8 or float4_e2m1fn_x2.
+        scale: ``[..., K/32]`` e8m0 scales: uint8, int8 or float8_e8m0fnu.
+        dtype: of the result: float32, bfloat16, float16 or float64.
+
+    Returns:
+        ``[..., K]``. Exact in float32, bfloat16 and float64 but for scales from 253 up, whose larger codes overflow the
+        first two to infinity. -0 stays -0.
+
+    Raises:
+        TypeError: a dtype that is none of the above.
+        ValueError: shapes that do not fit each other, or tensors on different devices.
     """
+    codes, exponents = _as_bytes(qdata, scale)
     owners.check_row_major("qdata", qdata)
     owners.check_row_major("scale", scale)
-    compute = torch.float64 if dtype is torch.float64 else torch.float32
-    both_codes = torch.tensor(_BYTE_VALUES, dtype=compute, device=qdata.device)
-    blocks: Tensor = torch.nn.functional.embedding(qdata.int(), both_codes).flatten(-2).unflatten(-1, (-1, BLOCK))
-    return (blocks * e8m0_to_float(scale).to(compute).unsqueeze(-1)).flatten(-2).to(dtype)
+    if dtype not in LOGICAL_DTYPES:
+        raise TypeError(f"dequantize gives {', '.join(map(str, LOGICAL_DTYPES))}, found dtype={dtype!r}")
+    place = codes.int().unflatten(-1, (exponents.shape[-1], BLOCK // CODES.per_byte))
+    pairs = _values_of_bytes(dtype, qdata.device)
+    values: Tensor = torch.nn.functional.embedding(place + (exponents.int() << 8).unsqueeze(-1), pairs)
+    return values.flatten(-3)
 
 
-def e8m0_to_float(scale: Tensor) -> Tensor:
-    """float32 ``2**(byte - 127)`` of uint8 e8m0 bytes; 255 gives NaN."""
-    bits = scale.int() << 23
-    bits = torch.where(scale == 0, 0x00400000, bits)  # 2**-127 is a subnormal float32
-    bits = torch.where(scale == 255, 0x7FC00000, bits)
-    return bits.view(torch.float32)
+def check_tensor(name: str, value: Any) -> None:
+    """Raise TypeError for what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
 
 
-def _bits(amax: Tensor) -> Tensor:
-    return amax.view(torch.int32)
+def _as_bytes(qdata: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as uint8, or what :func:`dequantize` raises."""
+    for part, data in ((CODES, qdata), (SCALES, scale)):
+        check_tensor(part.name, data)
+        accepted = dict.fromkeys((*part.dtypes, torch.int8))
+        if data.dtype not in accepted:
+            raise TypeError(f"{part} must be {' or '.join(map(str, accepted))}, found {data.dtype}")
+    expected = [*qdata.shape[:-1], *(size * CODES.per_byte // BLOCK for size in qdata.shape[-1:])]
+    if qdata.dim() == 0 or qdata.shape[-1] * CODES.per_byte % BLOCK or list(scale.shape) != expected:
+        raise ValueError(
+            f"for K columns, a multiple of {BLOCK}, qdata must be [..., K/{CODES.per_byte}] and scale [..., K/{BLOCK}],"
+            f" found shapes {list(qdata.shape)} and {list(scale.shape)}"
+        )
+    if qdata.device != scale.device:
+        raise ValueError(f"qdata and scale must be on one device, found {qdata.device} and {scale.device}")
+    return qdata.view(torch.uint8), scale.view(torch.uint8)
+
+
+def _values_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[256 scales * 256 bytes, 2]``: what each byte of two codes is under each scale."""
+    codes = torch.tensor(_BYTE_VALUES, dtype=torch.float32, device=device).flatten()
+    exponent = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(-1)
+    if dtype is torch.float64:
+        powers = ((exponent.long() + 896) << 52).view(torch.float64)
+        return torch.where(exponent == 255, math.nan, codes.double() * powers).view(-1, 2)
+    # 2**-127 and what is below 2**-126 are subnormal, and zero to arithmetic under torch.set_flush_denormal: the first
+    # is avoided, the others are put together from bits
+    powers = (exponent.clamp(1, 254) << 23).view(torch.float32)
+    values = torch.where(exponent == 255, math.nan, torch.where(exponent == 0, codes / 2, codes) * powers)
+    smallest = (codes.abs() * 2**22).int() << exponent.clamp(max=1)  # in units of 2**-149, under scales 0 and 1
+    subnormal = (exponent < 2) & (smallest < _NORMAL)
+    bits = values.view(torch.int32) | torch.where(subnormal, smallest, 0)
+    return bits.view(torch.float32).view(-1, 2).to(dtype)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The int32 bits of values as float32."""
+    bits = values.float().view(torch.int32)
+    if values.dtype is not torch.float64:
+        return bits
+    tiny = values.abs() < torch.finfo(torch.float32).tiny  # which torch.set_flush_denormal makes zero on the way
+    return torch.where(tiny, (values.abs() * 2.0**149).round().int() | bits & -(2**31), bits)

@@ -7,7 +7,7 @@ from colorsys import hls_to_rgb
 
 import torch
 
-from shuffled_tensor.layouts import find_layout, shuffle_scale, shuffle_weight
+from shuffled_tensor.layouts import check_gate_up, find_layout, shuffle_scale, shuffle_weight
 from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS, SCALES, Part
 
 __all__ = ["MAX_CELLS", "picture"]
@@ -60,10 +60,12 @@ def picture(
         logical: the N and K of the weight, where ``rows`` and ``k`` are those with its padding: pads are hatched.
 
     Raises:
+        TypeError: a ``gate_up`` that is neither True nor False.
         ValueError: an unknown layout or part, sizes that do not tile, or more than :data:`MAX_CELLS` cells.
     """
     find_layout(shuffle_kind)
-    found = {known.name: known for known in PARTS}.get(part)
+    check_gate_up(gate_up)
+    found = next((known for known in PARTS if known.name == part), None)
     if found is None:
         raise ValueError(f"part must be 'qdata' or 'scale', found {part!r}")
     memory = _cells_in_memory(shuffle_kind, rows, k, gate_up, found)
@@ -84,7 +86,9 @@ def _cells_in_memory(shuffle_kind: str, rows: int, k: int, gate_up: bool, part: 
         raise ValueError(
             f"a picture shows at most {MAX_CELLS} cells of {BLOCK} columns; N={rows}, K={k} are {rows * k / BLOCK:g}"
         )
-    numbers = torch.arange(MAX_CELLS).repeat_interleave(part.element.itemsize)[: rows * (k // part.per_byte)]
+    numbers = torch.arange(MAX_CELLS, device="cpu").repeat_interleave(part.element.itemsize)[
+        : rows * (k // part.per_byte)
+    ]
     low, high = (  # bytes of the numbers: they go the same way
         _SHUFFLE[part](digit.to(torch.uint8).view(rows, -1), shuffle_kind, gate_up=gate_up).flatten().long()
         for digit in (numbers % 256, numbers // 256)

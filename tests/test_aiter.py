@@ -436,7 +436,7 @@ def test_kernel_operands(version: str, device: str) -> None:
 
 
 def test_kernel_operands_where_there_is_no_aiter() -> None:
-    with pytest.raises(RuntimeError, match="cpu is cpu, and aiter's MXFP4 kernels are for gfx950"):
+    with pytest.raises(RuntimeError, match="aiter's MXFP4 kernels run on gfx950, not on cpu$"):
         make_weight("w13").as_kernel_operands()
     with override_arch("gfx950"), fake_aiter("#3832"), pytest.raises(ValueError, match="not contiguous in memory"):
         make_weight("w13")[::2].as_kernel_operands()
@@ -444,8 +444,9 @@ def test_kernel_operands_where_there_is_no_aiter() -> None:
 
 def test_the_intermediate_size_is_told_where_that_helps() -> None:
     with override_arch("gfx950"), fake_aiter("#3832"):
-        w2 = ShuffledMXFP4Tensor(coded(1, 256, 64), moderate_scales(1, 256, 4), gate_up=False)
-        assert w2.as_kernel_operands().weight.inter_real == 128
+        for columns, told in ((64, None), (128, 128), (192, None), (256, None), (320, None), (384, 384)):
+            w2 = ShuffledMXFP4Tensor(coded(1, 256, columns // 2), moderate_scales(1, 256, columns // 32), gate_up=False)
+            assert getattr(w2.as_kernel_operands().weight, "inter_real", None) == told
 
 
 # --- detection
@@ -616,4 +617,4 @@ def test_no_aiter_and_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: An
 def test_other_architectures() -> None:
     with override_arch("gfx942"), fake_aiter("#3832"):
         report = explain(**make_layer())
-        assert report.passed_over == {"aiter": "cpu is gfx942, and aiter's MXFP4 kernels are for gfx950"}
+        assert report.passed_over == {"aiter": "aiter's MXFP4 kernels run on gfx950, not on cpu, which is gfx942"}

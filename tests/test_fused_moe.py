@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
-from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, fused_moe
+from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, explain, fused_moe
 from shuffled_tensor.mxfp4 import dequantize, quantize
 
 from .support.bytes import coded, moderate_scales
@@ -273,7 +274,7 @@ hidden size: ValueError: hidden_states must be [tokens, 64] for this w13, found 
 hidden rank: ValueError: hidden_states must be [tokens, 64] for this w13, found [64]
 hidden dtype: TypeError: hidden_states must be torch.bfloat16 or torch.float16 or torch.float32 (or packed uint8 with hidden_scale), found torch.float64
 packed without scale: TypeError: hidden_states must be torch.bfloat16 or torch.float16 or torch.float32 (or packed uint8 with hidden_scale), found torch.uint8
-float with scale: TypeError: hidden_states with hidden_scale must be torch.uint8, found torch.float32
+float with scale: TypeError: hidden_states with hidden_scale must be torch.uint8 or torch.int8 or torch.float4_e2m1fn_x2, found torch.float32
 scale shape: ValueError: hidden_scale must be [4, 2], found shape [2, 2]
 float ids: TypeError: topk_ids must be torch.int32 or torch.int64, found torch.float32
 ids rank: ValueError: topk_ids must be [4, topk], found shape [4]
@@ -296,3 +297,193 @@ out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch
 backend: ValueError: unknown backend 'cuda'; known backends: 'aiter', 'reference'
 device: ValueError: all tensors must be on the device of w13, cpu; found topk_weight on meta""",
     )
+
+
+# --- what torch does around a call
+
+
+def as_packed(layer: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The operator on plain tensors, of the hidden states."""
+    packed = packed_arguments(layer) | {"out_dtype": "float32", "backend": "reference"}
+    operator = torch.ops.shuffled_tensor.fused_moe_packed.default
+    return lambda x: operator(**(packed | {"hidden_states": x}))
+
+
+FORWARD_MODE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](x),
+    "jvp of vmap": lambda f, x: torch.func.jvp(torch.vmap(lambda row: f(x + row).sum()), (x,), (x,)),
+    "vmap of jvp": lambda f, x: torch.vmap(lambda row: torch.func.jvp(f, (x,), (x + row,))[1])(x),
+    "linearize": lambda f, x: torch.func.linearize(f, x),
+    "functional jvp": lambda f, x: torch.autograd.functional.jvp(f, x, x),
+    "functional jacobian": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    ),
+}
+
+
+def dual(f: Callable[[Tensor], Tensor], x: Tensor) -> object:
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def dual_without_grad(f: Callable[[Tensor], Tensor], x: Tensor) -> object:
+    with torch.no_grad():
+        return dual(f, x)
+
+
+FORWARD_MODE |= {"forward_ad": dual, "forward_ad under no_grad": dual_without_grad}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of torch, which forward mode calls
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("transform", FORWARD_MODE.values(), ids=FORWARD_MODE)
+def test_no_derivative_is_silently_zero(transform: Callable[..., object], packed: bool) -> None:
+    layer = small_layer()
+    call = as_packed(layer) if packed else lambda x: fused_moe(**(layer | {"hidden_states": x}))
+    with pytest.raises((RuntimeError, NotImplementedError), match="fused_moe has no (gradient|vmap rule)"):
+        transform(call, layer["hidden_states"])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_no_tangent_of_other_arguments() -> None:
+    layer = small_layer()
+    for name in ("topk_weight", "w2_bias"):
+        value = layer.get(name, torch.ones(3, 64))
+        with pytest.raises(RuntimeError, match="fused_moe has no gradient, in forward mode neither"):
+            torch.func.jvp(lambda value, name=name: fused_moe(**(layer | {name: value})), (value,), (value,))
+    with torch.autograd.forward_ad.dual_level():  # what has no tangent is computed
+        assert torch.equal(fused_moe(**layer), fused_moe(**layer))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    layer = small_layer()
+    expected = fused_moe(**layer)
+    values, weights = layer["hidden_states"], layer["w13"].dequantize(torch.float32)
+    packed = quantize(values)
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w13, self.w2 = (torch.nn.Parameter(layer[name], requires_grad=False) for name in ("w13", "w2"))
+
+        def forward(self, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+            return fused_moe(x, self.w13, self.w2, weight, ids)
+
+    rest = values, layer["topk_weight"], layer["topk_ids"]
+    program = torch.export.export(Module(), rest, strict=False)
+    decomposed = program.run_decompositions().module()
+    compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype):
+        for function in (Module(), program.module(), decomposed, compiled):
+            out = function(*rest)
+            assert out.dtype is torch.float32
+            assert torch.equal(out, expected)
+        assert torch.equal(as_packed(layer)(values), expected)
+        assert all(torch.equal(a, b) for a, b in zip(quantize(values), packed, strict=True))
+        assert torch.equal(dequantize(*packed), dense(*packed).float())
+        assert torch.equal(layer["w13"].dequantize(torch.float32), weights)
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.nn.functional.linear(values, layer["w13"][0]).dtype is dtype  # torch's own meaning
+
+
+# --- arguments that are of no such type
+
+
+def test_arguments_of_other_types() -> None:
+    layer = small_layer()
+    w13 = layer["w13"]
+    changes: dict[str, dict[str, Any]] = {
+        "no w13": {"w13": None},
+        "list": {"w2": [layer["w2"]]},
+        "parameter": {"w13": torch.nn.Parameter(w13.dequantize())},
+        "part": {"w13": w13.qdata_view},
+        "two tensors": {"w13": TwoTensor(w13.dequantize(), w13.dequantize())},
+        "hidden states": {"hidden_states": layer["hidden_states"].tolist()},
+        "weight as hidden states": {"hidden_states": w13},
+        "ids": {"topk_ids": None},
+        "bias": {"w2_bias": 0.0},
+        "mask": {"expert_mask": [1, 1, 1]},
+        "doweight_stage1": {"doweight_stage1": None},
+        "doweight_stage1 as 1": {"doweight_stage1": 1},
+        "limit": {"swiglu_limit": "7"},
+        "limit as True": {"swiglu_limit": True},
+        "no activation": {"activation": None},
+        "activation": {"activation": ["silu"]},
+        "activation dtype": {"activation_dtype": torch.bfloat16},
+        "scale rule": {"scale_rule": 1},
+        "backend": {"backend": ["reference"]},
+        "backend by number": {"backend": 1},
+        "backends": {"backend": "aiter, aiter"},
+        "backends that exist": {"backend": "aiter, reference"},
+        "no backend": {"backend": ""},
+        "out dtype": {"out_dtype": "bfloat16"},
+    }
+    lines = []
+    for name, change in changes.items():
+        with pytest.raises((TypeError, ValueError)) as error:
+            fused_moe(**(layer | change))
+        lines.append(f"{name}: {error.type.__name__}: {error.value}")
+        with pytest.raises(error.type):
+            explain(**(layer | change))
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+no w13: TypeError: w13 must be a ShuffledMXFP4Tensor, found NoneType
+list: TypeError: w2 must be a ShuffledMXFP4Tensor, found list
+parameter: TypeError: w13 must be a ShuffledMXFP4Tensor, found Parameter of torch.bfloat16; wrap packed bytes, or use from_hp
+part: TypeError: w13 must be a ShuffledMXFP4Tensor, found PartView
+two tensors: TypeError: w13 must be a ShuffledMXFP4Tensor, found TwoTensor
+hidden states: TypeError: hidden_states must be a plain tensor, found list
+weight as hidden states: TypeError: hidden_states must be a plain tensor, found ShuffledMXFP4Tensor
+ids: TypeError: topk_ids must be a plain tensor, found NoneType
+bias: TypeError: w2_bias must be a plain tensor, found float
+mask: TypeError: expert_mask must be a plain tensor, found list
+doweight_stage1: TypeError: doweight_stage1 must be True or False, found None
+doweight_stage1 as 1: TypeError: doweight_stage1 must be True or False, found 1
+limit: TypeError: swiglu_limit must be a number or None, found '7'
+limit as True: TypeError: swiglu_limit must be a number or None, found True
+no activation: ValueError: unknown activation None; known activations: 'silu', 'gelu', 'swiglu'
+activation: ValueError: unknown activation ['silu']; known activations: 'silu', 'gelu', 'swiglu'
+activation dtype: ValueError: unknown activation_dtype torch.bfloat16; known activation_dtypes: 'mxfp4'
+scale rule: ValueError: unknown scale_rule 1; known scale_rules: 'floor', 'even', 'round_up', 'amax4'
+backend: ValueError: unknown backend ['reference']; known backends: 'aiter', 'reference'
+backend by number: ValueError: unknown backend 1; known backends: 'aiter', 'reference'
+backends: ValueError: unknown backend 'aiter, aiter'; known backends: 'aiter', 'reference'
+backends that exist: ValueError: unknown backend 'aiter, reference'; known backends: 'aiter', 'reference'
+no backend: ValueError: unknown backend ''; known backends: 'aiter', 'reference'
+out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found 'bfloat16'""",
+    )
+
+
+def test_a_dtensor_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    layer = small_layer()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name in ("w13", "w2", "hidden_states", "topk_ids"):
+            sharded = DTensor.from_local(layer[name], mesh, [Replicate()])
+            with pytest.raises(TypeError, match=rf"{name} must be a .*, found DTensor; pass its \.to_local\(\)"):
+                fused_moe(**(layer | {name: sharded}))
+            assert torch.equal(fused_moe(**(layer | {name: sharded.to_local()})), fused_moe(**layer))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_packed_hidden_states_in_every_dtype() -> None:
+    layer = small_layer()
+    qdata, scale = quantize(layer["hidden_states"])
+    expected = fused_moe(**(layer | {"hidden_states": dense(qdata, scale).float()}), out_dtype=torch.bfloat16)
+    for codes in (qdata, qdata.view(torch.int8), qdata.view(torch.float4_e2m1fn_x2)):
+        for scales in (scale, scale.view(torch.float8_e8m0fnu)):
+            out = fused_moe(**(layer | {"hidden_states": codes}), hidden_scale=scales)
+            assert torch.equal(out, expected)
+        with pytest.raises(TypeError, match="hidden_scale must be .* found torch.float32"):
+            fused_moe(**(layer | {"hidden_states": codes}), hidden_scale=scale.float())

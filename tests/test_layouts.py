@@ -223,3 +223,70 @@ def test_nothing_is_written_when_sizes_do_not_tile() -> None:
 def test_a_pattern_that_is_none_is_found_when_its_row_is_made(pattern: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"found {pattern!r}")):
         layouts.Layout("bad", down=(pattern, "e n c -> e n c"), gate_up=("e n c -> e n c",) * 2)
+
+
+@pytest.mark.parametrize("part", FUNCTIONS)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_an_alias_of_the_input_is_the_input(part: str, experts: int) -> None:
+    """Whatever object it is, and in scratch of one expert."""
+    aliases: dict[str, Callable[[Tensor], Tensor]] = {
+        "data": lambda data: data.data,
+        "view": lambda data: data.view(-1).view(data.shape),
+        "slice": lambda data: data[:],
+        "as_strided": lambda data: data.as_strided(data.shape, data.stride()),
+        "parameter": lambda data: torch.nn.Parameter(data, requires_grad=False),
+        "another storage": lambda data: torch.from_numpy(data.numpy()),
+    }
+    shuffle, unshuffle = FUNCTIONS[part]
+    original = coded(experts, 64, 512)  # K = 1024, or scales alike
+    expected = by_formula(part, original, "mxfp4_moe", True)
+    for name, alias in aliases.items():
+        data = original.clone()
+        out = alias(data)
+        assert shuffle(data, "mxfp4_moe", gate_up=True, out=out) is out
+        assert torch.equal(data, expected), name
+        unshuffle(data, "mxfp4_moe", gate_up=True, out=out)
+        assert torch.equal(data, original), name
+    one = original[0].clone()
+    shuffle(one, "mxfp4_moe", gate_up=True, out=one.view_as(one))
+    assert torch.equal(one, expected[0])
+
+
+@pytest.mark.parametrize("part", FUNCTIONS)
+@pytest.mark.parametrize("kind", ["none", "mxfp4_moe"])
+def test_out_must_not_share_a_part_of_the_input(part: str, kind: str) -> None:
+    shuffle, unshuffle = FUNCTIONS[part]
+    memory = coded(3, 64, 128)
+    alias = torch.from_numpy(memory.numpy())
+    for function in (shuffle, unshuffle):
+        for data, out in ((memory[:2], memory[1:]), (memory[1:], memory[:2]), (memory[:2], alias[1:])):
+            with pytest.raises(ValueError, match="out shares a part of the memory of (qdata|scale)"):
+                function(data, kind, gate_up=True, out=out)
+        shifted = memory.view(-1)[4096:-4096].view(2, 64, 128)
+        with pytest.raises(ValueError, match="out shares a part"):
+            function(memory[:2], kind, gate_up=True, out=shifted)
+    assert torch.equal(memory, coded(3, 64, 128))
+    shuffle(memory[0], "mxfp4_moe", gate_up=True, out=memory[2])  # beside each other is apart
+    assert torch.equal(memory[2:], by_formula(part, coded(3, 64, 128)[:1], "mxfp4_moe", True))
+
+
+@pytest.mark.parametrize("gate_up", [None, 1, 0, "no", "yes", torch.tensor(True)])
+def test_gate_up_is_true_or_false(gate_up: Any) -> None:
+    for shuffle, unshuffle in FUNCTIONS.values():
+        for function in (shuffle, unshuffle):
+            for kind in LAYOUTS:
+                data = coded(1, 64, 128)
+                with pytest.raises(TypeError, match="gate_up must be True .* or False .*, found"):
+                    function(data, kind, gate_up=gate_up, out=data)
+                assert torch.equal(data, coded(1, 64, 128))
+
+
+@pytest.mark.parametrize("nbytes", [1, 7, 100, 2**20, 24 * 2**20, 64 * 2**20, 65 * 2**20])
+@pytest.mark.parametrize("limit", [layouts.MAX_SCRATCH, *layouts._IN_PLACE_SCRATCH.values()])
+def test_chunks_of_experts_fit_their_limit(nbytes: int, limit: int) -> None:
+    chunks = list(layouts.expert_chunks(1000, nbytes, limit))
+    assert [expert for some in chunks for expert in range(some.start, some.stop)] == list(range(1000))
+    sizes = [some.stop - some.start for some in chunks]
+    assert all(size == 1 or size * nbytes <= limit for size in sizes)
+    assert len(chunks) == 1 or (sizes[0] + 1) * nbytes > limit  # and there is room for no other
+    assert next(iter(layouts.expert_chunks(10, nbytes))).stop * nbytes <= max(nbytes, 64 * 2**20)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -180,3 +182,117 @@ def test_bad_input() -> None:
         ValueError, match="unknown scale_rule 'ceil'; known rules: 'floor', 'even', 'round_up', 'amax4'"
     ):
         quantize(torch.zeros(32), scale_rule="ceil")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_bytes_are_read_as_bits_in_every_dtype(dtype: torch.dtype) -> None:
+    qdata, scale = coded(256, 64), torch.arange(256, dtype=torch.uint8).view(256, 1).expand(256, 4).contiguous()
+    expected = dense(qdata, scale).to(dtype)
+    for codes in (qdata, qdata.view(torch.int8), qdata.view(torch.float4_e2m1fn_x2)):
+        for scales in (scale, scale.view(torch.int8), scale.view(torch.float8_e8m0fnu)):
+            torch.testing.assert_close(dequantize(codes, scales, dtype), expected, rtol=0, atol=0, equal_nan=True)
+    assert dequantize(qdata[:0], scale[:0]).shape == (0, 128)
+    assert dequantize(qdata[0], scale[0], dtype).shape == (128,)
+
+
+@pytest.fixture
+def flush() -> Iterator[Callable[[bool], bool]]:
+    """torch.set_flush_denormal, which is off again afterwards."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_flushing_subnormal_numbers_changes_nothing(
+    rule: str, dtype: torch.dtype, flush: Callable[[bool], bool]
+) -> None:
+    flush(False)
+    steps = torch.linspace(-1, 1, 32, dtype=torch.float64) * 2.0 ** torch.arange(-147, -115).unsqueeze(1)
+    blocks = torch.cat([steps, torch.zeros(1, 32), -torch.zeros(1, 32), torch.full((1, 32), 2.0**127)]).to(dtype)
+    blocks[-1, ::2] = 0  # zeros beside the largest scale
+    units = [RULES[rule](float(block.abs().max())) if block.any() else -127 for block in blocks.float()]
+    lowest = -126 if rule == "round_up" else -127
+    units = [max(unit, lowest if block.any() else -127) for unit, block in zip(units, blocks.float(), strict=True)]
+    expected = [
+        [nearest_code(float(value) / 2.0**unit) for value in block]
+        for unit, block in zip(units, blocks.float().double(), strict=True)
+    ]
+    for flushed in (False, True):
+        flush(flushed)
+        qdata, scale = quantize(blocks, scale_rule=rule)
+        flush(False)
+        assert codes_of(qdata).tolist() == expected
+        assert (scale.flatten().int() - 127).tolist() == units
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_value_while_subnormal_numbers_are_flushed(dtype: torch.dtype, flush: Callable[[bool], bool]) -> None:
+    scale = torch.arange(255, dtype=torch.uint8).view(255, 1)
+    qdata = (torch.arange(16) | (15 - torch.arange(16)) << 4).byte().expand(255, 16)
+    values = dequantize(qdata, scale, dtype)
+    weight = ShuffledMXFP4Tensor(qdata.contiguous(), scale, gate_up=False).dequantize(dtype)
+    flush(False)
+    expected = bits(dense(qdata, scale).to(dtype))
+    assert torch.equal(bits(values), expected)
+    assert torch.equal(bits(weight), expected)
+
+
+def test_bad_bytes() -> None:
+    qdata, scale = coded(2, 32), coded(2, 2)
+    cases: dict[str, tuple[Any, ...]] = {
+        "float scales": (qdata, scale.float()),
+        "int32 scales": (qdata, scale.int()),
+        "fp4 scales": (qdata, scale.view(torch.float4_e2m1fn_x2)),
+        "fp8 codes": (qdata.view(torch.float8_e4m3fn), scale),
+        "float codes": (qdata.float(), scale),
+        "list": ([1], scale),
+        "no scale": (qdata, None),
+        "scale shape": (qdata, scale[:, :1]),
+        "scale rows": (qdata, scale[:1]),
+        "scale rank": (qdata, scale.flatten()),
+        "columns": (qdata[:, :20], scale),
+        "exchanged": (scale, qdata),
+        "device": (qdata, scale.to("meta")),
+        "dtype": (qdata, scale, torch.int8),
+        "dtype by name": (qdata, scale, "bfloat16"),
+    }
+    lines = []
+    for name, arguments in cases.items():
+        with pytest.raises((TypeError, ValueError)) as error:
+            dequantize(*arguments)
+        lines.append(f"{name}: {error.type.__name__}: {error.value}")
+    for values in (scale.view(torch.float8_e8m0fnu), qdata.view(torch.float4_e2m1fn_x2), [1.0]):
+        with pytest.raises(TypeError) as error:
+            quantize(values)
+        lines.append(str(error.value))
+    with pytest.raises(ValueError, match=r"unknown scale_rule \['even'\]; known rules"):
+        quantize(torch.zeros(32), scale_rule=["even"])
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+float scales: TypeError: scale must be torch.uint8 or torch.float8_e8m0fnu or torch.int8, found torch.float32
+int32 scales: TypeError: scale must be torch.uint8 or torch.float8_e8m0fnu or torch.int8, found torch.int32
+fp4 scales: TypeError: scale must be torch.uint8 or torch.float8_e8m0fnu or torch.int8, found torch.float4_e2m1fn_x2
+fp8 codes: TypeError: qdata must be torch.uint8 or torch.int8 or torch.float4_e2m1fn_x2, found torch.float8_e4m3fn
+float codes: TypeError: qdata must be torch.uint8 or torch.int8 or torch.float4_e2m1fn_x2, found torch.float32
+list: TypeError: qdata must be a tensor, found list
+no scale: TypeError: scale must be a tensor, found NoneType
+scale shape: ValueError: for K columns, a multiple of 32, qdata must be [..., K/2] and scale [..., K/32], found shapes [2, 32] and [2, 1]
+scale rows: ValueError: for K columns, a multiple of 32, qdata must be [..., K/2] and scale [..., K/32], found shapes [2, 32] and [1, 2]
+scale rank: ValueError: for K columns, a multiple of 32, qdata must be [..., K/2] and scale [..., K/32], found shapes [2, 32] and [4]
+columns: ValueError: for K columns, a multiple of 32, qdata must be [..., K/2] and scale [..., K/32], found shapes [2, 20] and [2, 2]
+exchanged: ValueError: for K columns, a multiple of 32, qdata must be [..., K/2] and scale [..., K/32], found shapes [2, 2] and [2, 32]
+device: ValueError: qdata and scale must be on one device, found cpu and meta
+dtype: TypeError: dequantize gives torch.bfloat16, torch.float16, torch.float32, torch.float64, found dtype=torch.int8
+dtype by name: TypeError: dequantize gives torch.bfloat16, torch.float16, torch.float32, torch.float64, found dtype='bfloat16'
+quantize takes floating-point values, found torch.float8_e8m0fnu
+quantize takes floating-point values, found torch.float4_e2m1fn_x2
+values must be a tensor, found list""",
+    )

@@ -152,3 +152,108 @@ def test_an_sdist_holds_the_tree(tmp_path: Path) -> None:
         held = {member.name.removeprefix(f"{top}/"): member.mode for member in sdist if member.isfile()}
     assert set(held) - GENERATED == tracked - {".gitignore"}
     assert held[".ci/run"] & 0o100  # it is executable
+
+
+# --- What runs around an import and around a call
+
+
+MODES = {
+    "none": "contextlib.nullcontext()",
+    "meta": "torch.device('meta')",
+    "meta by default": "default_device('meta')",
+    "FakeTensorMode": "torch._subclasses.FakeTensorMode()",
+    "inference_mode": "torch.inference_mode()",
+    "no_grad": "torch.no_grad()",
+    "float64": "default_dtype(torch.float64)",
+    "flush": "flushed()",
+    "autocast": "torch.autocast('cpu', torch.bfloat16)",
+    "functionalize": "torch._subclasses.functional_tensor.FunctionalTensorMode()",
+    "deterministic": "deterministic()",
+    "no tensor at all": "NoTensor()",
+}
+
+AROUND = """
+import contextlib, torch, torch._subclasses.functional_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+@contextlib.contextmanager
+def flushed():
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+class NoTensor(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"an import runs {func}")
+"""
+
+CALLS = """
+def results(around):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 128, 64, generator=generator, dtype=torch.float32, device="cpu")
+    x = torch.randn(5, 64, generator=generator, dtype=torch.float32, device="cpu")
+    ids = torch.tensor([[0, 2]] * 5, device="cpu")
+    weight = torch.full((5, 2), 0.5, dtype=torch.float32, device="cpu")
+    with around:
+        qdata, scale = shuffled_tensor.quantize(values)
+        moved = shuffled_tensor.shuffle_weight(qdata, "mxfp4_moe", gate_up=True)
+        w13 = shuffled_tensor.ShuffledMXFP4Tensor(qdata, scale, gate_up=True, row_order="contiguous")
+        w2 = shuffled_tensor.ShuffledMXFP4Tensor.from_hp(values.mT[:, :, :64].contiguous(), gate_up=False)
+        w2.shuffle_("mxfp4_separated")
+        out = shuffled_tensor.fused_moe(x, w13, w2, weight, ids, activation_dtype="mxfp4")
+        own = w2.dequantize(), w13[1:].clone().dequantize(), w13.shard(1, 2).dequantize()
+        again = shuffled_tensor.ShuffledMXFP4Tensor.from_hp(values, gate_up=False).fill_(1.5).zero_().dequantize()
+        written = w2.refit_from_hp_(values.mT[:, :, 64:].contiguous()).dequantize()
+        plain = shuffled_tensor.dequantize(qdata, scale)
+        picture = shuffled_tensor.picture("mxfp4_moe", 64, 256)
+        return [qdata, scale, moved, out, *own, again, written, plain], picture
+"""
+
+
+def in_forks(modes: list[str], code: str) -> None:
+    """Run code, in which `{mode}` is a mode, once for each: in forks of a process that has imported torch."""
+    script = f"{AROUND}{CALLS}\nimport os, traceback\nfailed = []\n"
+    for name in modes:
+        body = "".join(f"        {line}\n" for line in code.format(mode=MODES[name]).splitlines())
+        script += f"if not (child := os.fork()):\n    try:\n{body}    except BaseException:\n"
+        script += "        traceback.print_exc()\n        os._exit(1)\n    os._exit(0)\n"
+        script += f"failed += [{name!r}] * (os.waitpid(child, 0)[1] != 0)\n"
+    done = subprocess.run([sys.executable, "-c", f"{script}print(failed)"], check=False, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_the_package_imports_under_any_mode() -> None:
+    code = "with {mode}:\n    import shuffled_tensor, shuffled_tensor.testing, shuffled_tensor.checkpoint\n"
+    in_forks(list(MODES), f"{code}results(contextlib.nullcontext())")
+
+
+def test_results_follow_their_inputs() -> None:
+    """Not torch's default device or dtype."""
+    code = """\
+import shuffled_tensor
+(expected, drawn), (found, drawn_again) = results(contextlib.nullcontext()), results({mode})
+assert drawn == drawn_again
+for a, b in zip(expected, found, strict=True):
+    assert (a.dtype, a.device) == (b.dtype, b.device)
+    assert torch.equal(a, b)
+"""
+    modes = set(MODES) - {"FakeTensorMode", "functionalize", "no tensor at all"}
+    in_forks(sorted(modes), code)

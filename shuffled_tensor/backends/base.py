@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import ClassVar
 
@@ -71,15 +72,16 @@ BACKENDS: dict[str, Backend] = {}
 """In the order of preference. The last one refuses nothing."""
 
 
-def select(call: MoECall[PackedWeight], wanted: str | None) -> Choice:
-    """The backend for a call: the first that takes it, of all or of those wanted (``"aiter, reference"``).
+def select(call: MoECall[PackedWeight], wanted: Sequence[str] | None) -> Choice:
+    """The backend for a call: the first that takes it, of all or of those wanted.
 
     Raises:
         ValueError: the caller asked for one that does not exist, or that refuses this call.
     """
-    names = list(BACKENDS) if wanted is None else wanted.split(", ")
-    if not BACKENDS.keys() >= set(names):
-        raise ValueError(f"unknown backend {wanted!r}; known backends: {', '.join(map(repr, BACKENDS))}")
+    names = tuple(BACKENDS if wanted is None else wanted)
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; known backends: {', '.join(map(repr, BACKENDS))}")
     device = call.w13.qdata.device
     passed_over: dict[str, str] = {}
     for place, name in enumerate(names):
@@ -87,14 +89,10 @@ def select(call: MoECall[PackedWeight], wanted: str | None) -> Choice:
         reason = backend.available(device) or backend.refuse(call)
         if reason is None:
             warn = partial(_warn, name, passed_over, device)
-            return Choice(
-                name, backend.layout(device), passed_over, ", ".join(names[place:]), backend.run, backend.describe, warn
-            )
+            return Choice(name, backend.layout(device), passed_over, names[place:], backend.run, backend.describe, warn)
         passed_over[name] = reason
-    raise ValueError(
-        f"{wanted} cannot take this call: {passed_over[str(wanted)]}; "
-        "shuffled_tensor.fused_moe without backend= goes to another"
-    )
+    reasons = "; ".join(f"{name} cannot take this call: {reason}" for name, reason in passed_over.items())
+    raise ValueError(f"{reasons}; shuffled_tensor.fused_moe without backend= goes to another")
 
 
 def _warn(backend: str, passed_over: dict[str, str], device: torch.device) -> None:

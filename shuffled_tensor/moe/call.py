@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
 from operator import attrgetter
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import Layout, find_layout
 from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
-from shuffled_tensor.mxfp4 import PARTS, ScaleRule
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
+from shuffled_tensor.tensor.base import StorageTensor
 from shuffled_tensor.tensor.geometry import Geometry
 from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = [
     "ARGUMENTS",
@@ -29,6 +32,7 @@ __all__ = [
     "PackedWeight",
     "check",
     "check_names",
+    "check_types",
     "pack",
     "schema",
     "to_operator",
@@ -49,8 +53,8 @@ class MoECall(Generic[_Weight]):
     them.
 
     Args:
-        hidden_states: bfloat16, float16 or float32 ``[tokens, K]``; with ``hidden_scale``, packed MXFP4: uint8
-            ``[tokens, K/2]``.
+        hidden_states: bfloat16, float16 or float32 ``[tokens, K]``; with ``hidden_scale``, packed MXFP4: uint8, int8 or
+            float4_e2m1fn_x2 ``[tokens, K/2]``.
         w13: :class:`ShuffledMXFP4Tensor` ``[E, 2I, K]`` made with ``gate_up=True``.
         w2: :class:`ShuffledMXFP4Tensor` ``[E, K, I]``.
         topk_weight: floating point ``[tokens, topk]``, applied to the second GEMM's output.
@@ -63,7 +67,8 @@ class MoECall(Generic[_Weight]):
         doweight_stage1: apply ``topk_weight`` to the first GEMM's output, before its bias, instead.
         swiglu_limit: clamps the gate to at most, and up to plus and minus, this; None is 7 for ``"swiglu"`` and no
             limit for the others.
-        hidden_scale: uint8 e8m0 ``[tokens, K/32]``: the hidden states are MXFP4 already, and taken as they are.
+        hidden_scale: e8m0, uint8 or float8_e8m0fnu, ``[tokens, K/32]``: the hidden states are MXFP4 already, and taken
+            as they are.
         activation_dtype: None computes on activations as they come; ``"mxfp4"`` rounds what enters each GEMM to MXFP4
             first, as an a4w4 kernel does.
         scale_rule: one of :data:`shuffled_tensor.SCALE_RULES` for ``activation_dtype="mxfp4"``, by default ``"even"``.
@@ -150,6 +155,14 @@ _TYPES = get_type_hints(MoECall)
 ARGUMENTS = tuple(field.name for field in _FIELDS)
 """The names of all arguments, in the order of the operator that takes our tensors."""
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(literal)
+    for name, type_ in _TYPES.items()
+    for literal in (type_, *get_args(type_))
+    if get_origin(literal) is Literal
+}
+"""Of an argument that is one of some words."""
+
 _values = attrgetter(*ARGUMENTS)
 _WEIGHTS = tuple(place for place, name in enumerate(ARGUMENTS) if _TYPES[name] is _Weight)
 _DTYPES = tuple(place for place, name in enumerate(ARGUMENTS) if _TYPES[name] == torch.dtype | None)
@@ -175,6 +188,33 @@ def check_names(options: Iterable[str]) -> None:
     for name in options:
         if name not in ARGUMENTS:
             raise TypeError(f"fused_moe() got an unexpected keyword argument {name!r}")
+
+
+def check_types(given: Iterable[tuple[str, Any]]) -> None:
+    """Raise what no operator would say as well, for arguments by their names: TypeError for a value of another type,
+    ValueError for a name that is none."""
+    for name, value in given:
+        type_ = _TYPES[name]
+        if type_ in (_Weight, Tensor) or (type_ == Tensor | None and value is not None):
+            _check_tensor(name, value, weight=type_ is _Weight)
+        elif type_ is bool:
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, found {value!r}")
+        elif type_ == float | None:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, float | int)):
+                raise TypeError(f"{name} must be a number or None, found {value!r}")
+        elif name in _CHOICES and not isinstance(value, str) and (value is not None or type_ is ActivationName):
+            raise ValueError(f"unknown {name} {value!r}; known {name}s: {', '.join(map(repr, _CHOICES[name]))}")
+
+
+def _check_tensor(name: str, value: Any, *, weight: bool) -> None:
+    wanted = "a ShuffledMXFP4Tensor" if weight else "a plain tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {wanted}, found {type(value).__name__}")
+    ours = isinstance(value, ShuffledMXFP4Tensor)
+    if (is_traceable_wrapper_subclass(value) or isinstance(value, StorageTensor)) and not (weight and ours):
+        how = "; pass its .to_local()" if hasattr(value, "to_local") else ""  # a DTensor
+        raise TypeError(f"{name} must be {wanted}, found {type(value).__name__}{how}")
 
 
 def to_operator(name: str, value: Any) -> Any:
@@ -228,8 +268,8 @@ def check(call: MoECall[PackedWeight]) -> None:
                 f"{call.hidden_states.dtype}"
             )
     else:
-        _check_dtype("hidden_states with hidden_scale", call.hidden_states, (torch.uint8,))
-        _check_dtype("hidden_scale", call.hidden_scale, (torch.uint8,))
+        _check_dtype("hidden_states with hidden_scale", call.hidden_states, CODES.dtypes)
+        _check_dtype("hidden_scale", call.hidden_scale, SCALES.dtypes)
         _check_shape("hidden_scale", call.hidden_scale, (tokens, hidden // mxfp4.BLOCK))
     for name, weight, sizes in (("w13", call.w13, (2 * intermediate, hidden)), ("w2", call.w2, (hidden, intermediate))):
         if weight.geometry[:2] != sizes:

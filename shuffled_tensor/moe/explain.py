@@ -8,7 +8,7 @@ from typing import Any
 
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import name_or_none
-from shuffled_tensor.moe.call import MoECall, check, check_names
+from shuffled_tensor.moe.call import MoECall, check, check_names, check_types
 from shuffled_tensor.moe.op import check_layouts, layouts_in_use, plan
 from shuffled_tensor.tensor import policy
 
@@ -57,6 +57,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     """
     check_names(kwargs)
     given: MoECall[Any] = MoECall(*args, **kwargs)
+    check_types(vars(given).items())
     call, choice = plan(given)
     check(call)
     storages = {name: getattr(given, name)._storage for name in ("w13", "w2")}

@@ -14,9 +14,21 @@ from typing import Any, NamedTuple, NoReturn, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from shuffled_tensor.layouts import Layout
-from shuffled_tensor.moe.call import MoECall, PackedWeight, check, check_names, pack, schema, to_operator, unpack
+from shuffled_tensor.moe.call import (
+    ARGUMENTS,
+    MoECall,
+    PackedWeight,
+    check,
+    check_names,
+    check_types,
+    pack,
+    schema,
+    to_operator,
+    unpack,
+)
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -47,17 +59,17 @@ class Choice(NamedTuple):
     """The one that both weights must have; None where any will do."""
     passed_over: dict[str, str]
     """Why each preferred backend does not take the call."""
-    candidates: str
-    """This backend, and those that would take the call if it were refused after all, ``"aiter, reference"``: which one
-    takes it may depend on how many tokens come, and a compiler traces with any number of them."""
+    candidates: tuple[str, ...]
+    """This backend, and those that would take the call if it were refused after all: which one takes it may depend on
+    how many tokens come, and a compiler traces with any number of them."""
     run: Callable[[MoECall[PackedWeight]], Tensor]
     describe: Callable[[MoECall[PackedWeight]], Description]
     warn: Callable[[], None]
     """Log, once a reason, that a backend is passed over on the GPU that it is for."""
 
 
-Select = Callable[[MoECall[PackedWeight], str | None], Choice]
-"""The first backend that takes a call, of all or of those named (``"aiter, reference"``).
+Select = Callable[[MoECall[PackedWeight], Sequence[str] | None], Choice]
+"""The first backend that takes a call, of all or of those named.
 
 Raises ValueError where the caller asked for one that does not exist, or that refuses this call.
 """
@@ -101,6 +113,7 @@ def fused_moe(
             and what is accepted.
     """
     check_names(options)
+    check_types((*zip(ARGUMENTS, (hidden_states, w13, w2, topk_weight, topk_ids), strict=False), *options.items()))
     given = {name: to_operator(name, value) for name, value in options.items()}
     return torch.ops.shuffled_tensor.fused_moe.default(  # type: ignore[no-any-return]
         hidden_states, w13, w2, topk_weight, topk_ids, **given
@@ -116,7 +129,7 @@ def _lower(*arguments: Any) -> Tensor:
     if _lay_out(call, choice, storages):
         call, choice = plan(given)
     choice.warn()
-    call.backend = choice.candidates  # type: ignore[assignment]  # several names, not one of a user's
+    call.backend = ", ".join(choice.candidates)  # type: ignore[assignment]  # several names, not one of a user's
     return torch.ops.shuffled_tensor.fused_moe_packed(*pack(call))  # type: ignore[no-any-return]
 
 
@@ -148,7 +161,7 @@ def plan(given: MoECall[Tensor]) -> tuple[MoECall[PackedWeight], Choice]:
     out_dtype = given.out_dtype or (given.hidden_states.dtype if given.hidden_scale is None else w13.dtype)
     lowered = {"w13": _packed_weight(w13), "w2": _packed_weight(w2), "out_dtype": out_dtype, "backend": None}
     call: MoECall[PackedWeight] = MoECall(**(vars(given) | lowered))
-    return call, _select(call, given.backend)
+    return call, _select(call, None if given.backend is None else [given.backend])
 
 
 def layouts_in_use(choice: Choice, *storages: PackedStorage) -> list[Layout | None]:
@@ -223,7 +236,9 @@ def _packed(*args: Any) -> Tensor:
                 storage.running.add(running)
         try:
             choice.warn()
-            return choice.run(call)
+            # a program that calls this operator itself, such as an exported one, may run where matmuls are cast
+            with torch.autocast(call.w13.qdata.device.type, enabled=False):
+                return choice.run(call)
         finally:
             for storage in storages:
                 storage.running.discard(running)
@@ -241,7 +256,7 @@ def _begin(call: MoECall[PackedWeight], owned: dict[str, tuple[PackedStorage, ra
         for name, (storage, experts) in owned.items():
             storage.check_readable()
             setattr(call, name, PackedWeight(*storage.select(experts), storage.layout, storage.geometry))
-        return _select(call, call.backend)
+        return _select(call, None if call.backend is None else call.backend.split(", "))
 
     choice = choose()
     if len(owned) == 2 and _lay_out(call, choice, storages):
@@ -258,10 +273,43 @@ def _packed_fake(*args: Any) -> Tensor:
     return call.hidden_states.new_empty(call.hidden_states.shape[0], call.hidden, dtype=call.out_dtype)
 
 
-def _no_gradient(*args: Any) -> NoReturn:
+def _no_gradient() -> NoReturn:
     raise RuntimeError(
         "fused_moe has no gradient; call it under torch.no_grad(), or compute with .dequantize() to train through it"
     )
+
+
+def _autograd(operator: torch._ops.OpOverload) -> Callable[..., Tensor]:
+    """What an operator does where torch differentiates: the same, and an error if a gradient is asked for."""
+
+    def below(keyset: Any, *args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[no-any-return]
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            return below(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> NoReturn:
+            _no_gradient()
+
+    def run(keyset: Any, *args: Any) -> Tensor:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        # torch's own registration looks for requires_grad alone: a tangent would be dropped without a word
+        if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise RuntimeError(
+                "fused_moe has no gradient, in forward mode neither: torch.func.jvp, jacfwd and forward_ad cannot go "
+                "through it; compute with .dequantize() to differentiate"
+            )
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if torch._C._are_functorch_transforms_active():
+                _no_gradient()  # torch.func takes no Function made here
+            return NoGradient.apply(keyset, *args)  # type: ignore[no-any-return,no-untyped-call]
+        return below(keyset, *args)
+
+    return run
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
@@ -271,6 +319,7 @@ def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
 _LIBRARY.impl("fused_moe", _plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("fused_moe_packed", _packed, "CompositeExplicitAutograd")
 torch.library.register_fake("shuffled_tensor::fused_moe_packed", _packed_fake, lib=_LIBRARY)
-for _operator in ("shuffled_tensor::fused_moe", "shuffled_tensor::fused_moe_packed"):
-    torch.library.register_autograd(_operator, _no_gradient, lib=_LIBRARY)
+for _name in ("fused_moe", "fused_moe_packed"):
+    _operator = getattr(torch.ops.shuffled_tensor, _name).default
+    _LIBRARY.impl(_name, _autograd(_operator), "Autograd", with_keyset=True)
     torch.library.register_vmap(_operator, _no_vmap, lib=_LIBRARY)

@@ -3,22 +3,26 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import operator
+from collections.abc import Iterable
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.mxfp4 import CODES, SCALES
+from shuffled_tensor.layouts import check_gate_up
+from shuffled_tensor.mxfp4 import CODES, SCALES, check_tensor
 from shuffled_tensor.tensor.geometry import RowOrder
 
-__all__ = ["check_logical_dtype", "check_parts", "check_row_order"]
+__all__ = ["check_high_precision", "check_logical_dtype", "check_parts", "check_row_order", "whole_numbers"]
 
-_LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROW_ORDERS = get_args(RowOrder)
 
 
 def check_parts(qdata: Tensor, scale: Tensor) -> None:
+    for part, data in ((CODES, qdata), (SCALES, scale)):
+        check_tensor(part.name, data)
     for part, data, remedy in (
         (CODES, qdata, "; quantise float weights with ShuffledMXFP4Tensor.from_hp" * qdata.is_floating_point()),
         (SCALES, scale, "; e8m0 scales are exponent bytes, not factors"),
@@ -36,6 +40,8 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
             f"K must be a multiple of {mxfp4.BLOCK}, found K={columns} (qdata of shape {list(qdata.shape)} holds "
             "two columns a byte)"
         )
+    if qdata.shape[-2] == 0:
+        raise ValueError(f"an expert needs rows, found N=0 (qdata of shape {list(qdata.shape)}); E=0 is allowed")
     expected = [*qdata.shape[:-1], columns // mxfp4.BLOCK]
     if list(scale.shape) != expected:
         raise ValueError(
@@ -46,7 +52,18 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
         raise ValueError(f"qdata and scale must be on one device, found {qdata.device} and {scale.device}")
 
 
+def check_high_precision(weight: Tensor) -> None:
+    """Raise for what :meth:`ShuffledMXFP4Tensor.from_hp` cannot take."""
+    check_tensor("weight", weight)
+    check_logical_dtype(weight.dtype)
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"weight must be [experts, N, K] or [N, K], found shape {list(weight.shape)}")
+    if 0 in weight.shape[-2:]:
+        raise ValueError(f"an expert needs rows and columns, found shape {list(weight.shape)}; E=0 is allowed")
+
+
 def check_row_order(gate_up: bool, row_order: RowOrder | None, rows: int) -> None:
+    check_gate_up(gate_up)
     if gate_up:
         if row_order not in _ROW_ORDERS:
             raise ValueError(
@@ -64,7 +81,20 @@ def check_row_order(gate_up: bool, row_order: RowOrder | None, rows: int) -> Non
 
 def check_logical_dtype(dtype: torch.dtype) -> None:
     """Raise TypeError for a dtype that a packed weight cannot claim to have."""
-    if dtype not in _LOGICAL_DTYPES:
+    if dtype not in mxfp4.LOGICAL_DTYPES:
         raise TypeError(
-            f"the logical dtype must be {', '.join(str(dtype) for dtype in _LOGICAL_DTYPES)}, found {dtype}"
+            f"the logical dtype must be {', '.join(str(dtype) for dtype in mxfp4.LOGICAL_DTYPES)}, found {dtype}"
         )
+
+
+def whole_numbers(name: str, values: Iterable[Any] | Tensor) -> list[int]:
+    """The values as int.
+
+    Raises:
+        TypeError: one is no whole number; True and 0.5 would be taken for 1 and 0.
+    """
+    found = values.tolist() if isinstance(values, Tensor) else list(values)
+    for value in found:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be whole numbers, found {value!r}")
+    return [operator.index(value) for value in found]

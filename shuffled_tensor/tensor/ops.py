@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.mxfp4 import PARTS, SCALES
-from shuffled_tensor.tensor.checks import check_logical_dtype
+from shuffled_tensor.tensor.checks import check_logical_dtype, whole_numbers
 from shuffled_tensor.tensor.geometry import Window
 from shuffled_tensor.tensor.refused import refuse
 from shuffled_tensor.tensor.storage import PackedStorage, locked
@@ -111,14 +111,22 @@ def slice_(
 @same_bytes(aten.split.Tensor)
 def split(self: ShuffledMXFP4Tensor, split_size: int, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views, as slicing gives them."""
-    return [slice_(self, dim, start, start + split_size) for start in range(0, self.shape[dim], split_size)]
+    _axis(self, dim)
+    size = self.shape[dim]
+    if split_size < 0 or (split_size == 0 and size):
+        raise ValueError(f"split takes parts of one or more, found {split_size} (dim {dim} has {size})")
+    starts = range(0, size, split_size) if size else [0]  # torch splits nothing into one part of nothing
+    return [slice_(self, dim, start, start + split_size) for start in starts]
 
 
 @same_bytes(aten.split_with_sizes.default)
 def split_with_sizes(self: ShuffledMXFP4Tensor, split_sizes: list[int], dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views, as slicing gives them."""
+    _axis(self, dim)
     if sum(split_sizes) != self.shape[dim]:
         raise ValueError(f"split sizes {list(split_sizes)} do not add up to the {self.shape[dim]} of dim {dim}")
+    if min(split_sizes, default=0) < 0:
+        raise ValueError(f"split sizes must not be negative, found {list(split_sizes)}")
     ends = [sum(split_sizes[: place + 1]) for place in range(len(split_sizes))]
     return [slice_(self, dim, end - size, end) for size, end in zip(split_sizes, ends, strict=True)]
 
@@ -126,6 +134,7 @@ def split_with_sizes(self: ShuffledMXFP4Tensor, split_sizes: list[int], dim: int
 @same_bytes(aten.unbind.int)
 def unbind(self: ShuffledMXFP4Tensor, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views of the experts, one by one."""
+    _axis(self, dim)
     return [select(self, dim, index) for index in range(self.shape[dim])]
 
 
@@ -252,7 +261,8 @@ def foreach_copy_(tensors: list[Tensor], sources: list[Tensor], non_blocking: bo
 def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
     """Experts written over others, weight and scale together, in any layout."""
     _check_experts(self, dim, "index_copy_")
-    chosen = [range(len(self))[expert] for expert in index.tolist()]  # counts from the end, and raises IndexError
+    experts = whole_numbers("the experts of index_copy_", index)
+    chosen = [range(len(self))[expert] for expert in experts]  # counts from the end, and raises IndexError
     if len(set(chosen)) != len(chosen) or source.shape != (len(chosen), *self.shape[1:]):
         raise ValueError(
             f"index_copy_ takes different experts and values of shape {[len(chosen), *self.shape[1:]]} for them, found "
@@ -471,6 +481,8 @@ def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> T
 
 
 def _axis(self: ShuffledMXFP4Tensor, dim: int) -> str:
+    if not -self.dim() <= dim < self.dim():
+        raise IndexError(f"dim must be in {-self.dim()}..{self.dim() - 1}, found {dim}")
     return Window._fields[-self.dim() :][dim]
 
 

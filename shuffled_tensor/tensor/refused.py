@@ -71,6 +71,11 @@ REFUSED: dict[str, tuple[tuple[Operator, ...], str]] = {
             aten.clamp.default,
             aten.where.self,
             aten.masked_fill.Scalar,
+        ),
+        "call .dequantize() for a plain tensor; torch.equal and torch.allclose compare values",
+    ),
+    "reduces the values": (
+        (
             aten.sum.default,
             aten.mean.default,
             aten.max.default,
@@ -79,9 +84,12 @@ REFUSED: dict[str, tuple[tuple[Operator, ...], str]] = {
             aten.all.default,
             aten.linalg_vector_norm.default,
             aten._foreach_norm.Scalar,
-            aten._local_scalar_dense.default,
         ),
-        "call .dequantize() for a plain tensor; torch.equal and torch.allclose compare values",
+        "call .dequantize() for a plain tensor; .logical_checksum() is one string for all of them",
+    ),
+    "takes out a single number": (
+        (aten._local_scalar_dense.default,),
+        "call .dequantize() for a plain tensor",
     ),
     "arranges values anew": (
         (

@@ -416,7 +416,7 @@ class PackedStorage:
     def read(self, window: Window) -> tuple[Tensor, Tensor]:
         """Row-major logical codes ``[len, rows, columns / 2]`` and scales ``[len, rows, columns / 32]`` of a window."""
         each = self.geometry.rows // self.geometry.halves
-        half = min(window.rows.start // each, self.geometry.halves - 1)
+        half = min(window.rows.start // max(1, each), self.geometry.halves - 1)
         first, last = window.rows.start - half * each, window.rows.stop - half * each
         if last <= each:
             parts = [data[:, half] for data in self.halves(window.experts, range(first, last))]

@@ -16,7 +16,13 @@ from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout, layou
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
-from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.tensor.checks import (
+    check_high_precision,
+    check_logical_dtype,
+    check_parts,
+    check_row_order,
+    whole_numbers,
+)
 from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, shard_range, slice_of
 from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.policy import KernelOperands
@@ -51,10 +57,11 @@ class ShuffledMXFP4Tensor(Wrapper):
     codes and scale 127; shape, value and checksum never show the padding.
 
     Raises:
-        TypeError: a dtype that is none of the above; float weights go through :meth:`from_hp`.
-        ValueError: a wrong rank, shapes that do not fit each other, K not a multiple of 32, tensors on different
-            devices, a missing or unknown ``row_order``, an unknown layout; memory of another weight whose bytes are not
-            row-major.
+        TypeError: a dtype that is none of the above; float weights go through :meth:`from_hp`. A ``gate_up`` that is
+            neither True nor False.
+        ValueError: a wrong rank, shapes that do not fit each other, experts without rows, K not a multiple of 32,
+            tensors on different devices, a missing or unknown ``row_order``, an unknown layout; memory of another
+            weight whose bytes are not row-major.
     """
 
     def __new__(
@@ -102,12 +109,12 @@ class ShuffledMXFP4Tensor(Wrapper):
         ``scale_rule`` is one of :data:`shuffled_tensor.mxfp4.SCALE_RULES`; the other arguments are the constructor's.
 
         Raises:
-            TypeError: ``weight`` is not bfloat16, float16, float32 or float64.
+            TypeError: ``weight`` is not bfloat16, float16, float32 or float64, or ``gate_up`` neither True nor False.
             ValueError: as for the constructor, or an unknown rule.
         """
-        check_logical_dtype(weight.dtype)
-        if weight.dim() not in (2, 3):
-            raise ValueError(f"weight must be [experts, N, K] or [N, K], found shape {list(weight.shape)}")
+        check_high_precision(weight)
+        check_row_order(gate_up, row_order, weight.shape[-2])
+        layout_or_none(shuffle_kind)  # before anything is computed
         mxfp4.check_quantizable(weight, scale_rule)
         with torch.no_grad():
             qdata, scale = (
@@ -208,6 +215,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         """
         if isinstance(weight, ShuffledMXFP4Tensor):
             raise TypeError("refit_from_hp_ quantises, and this weight is quantised already; copy_ takes it as it is")
+        mxfp4.check_tensor("weight", weight)
         if weight.shape != self.shape:
             raise ValueError(f"refit_from_hp_ takes values of shape {list(self.shape)}, found {list(weight.shape)}")
         mxfp4.check_quantizable(weight, scale_rule)
@@ -262,6 +270,7 @@ class ShuffledMXFP4Tensor(Wrapper):
             raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
         if dim == "expert" and self.dim() == 2:
             raise ValueError(f"dim='expert' needs a tensor [experts, N, K], found shape {list(self.shape)}")
+        rank, world_size = whole_numbers("rank and world_size", (rank, world_size))
         size = self.shape[0] if dim == "expert" else self.shape[-2] // 2 if self.gate_up else self.shape[-1]
         part = shard_range(size, rank, world_size, dim)
         if dim == "expert":
@@ -281,9 +290,10 @@ class ShuffledMXFP4Tensor(Wrapper):
         """Expert ``order[i]`` becomes expert ``i``, weight and scale together, in place, with one expert of scratch.
 
         Raises:
+            TypeError: ``order`` holds anything but whole numbers.
             ValueError: ``order`` is no permutation of the experts.
         """
-        order = [int(expert) for expert in order]
+        order = whole_numbers("order", order)
         if sorted(order) != list(range(self.shape[0])) or self.dim() != 3:
             raise ValueError(f"order must hold each of the {self.shape[0]} experts once, found {order}")
         parts = self.qdata, self.scale

@@ -198,7 +198,9 @@ def _import() -> tuple[ModuleType, ModuleType]:
 def unusable(device: torch.device) -> str | None:
     """Why aiter cannot run anything on this device, or None."""
     if arch(device) != ARCH:
-        return f"{device} is {arch(device)}, and aiter's MXFP4 kernels are for {ARCH}"
+        found = arch(device)
+        here = found if found == device.type else f"{device}, which is {found}"
+        return f"aiter's MXFP4 kernels run on {ARCH}, not on {here}"
     try:
         detect()
     except Unusable as error:
