@@ -99,8 +99,8 @@ class Order:
         return tile * self.part.element.itemsize * self.part.per_byte
 
     def shuffle(self, data: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
-        """From row-major uint8 ``[E, N, bytes]`` into this order; in place where ``out`` is the memory of ``data``, by way of
-        :meth:`scratch`."""
+        """From row-major uint8 ``[E, N, bytes]`` into this order; in place, by way of :meth:`scratch`, where ``out`` is
+        the memory of ``data``."""
         return self._move(data, out, scratch, inverse=False)
 
     def unshuffle(self, data: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:

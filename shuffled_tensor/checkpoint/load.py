@@ -85,7 +85,7 @@ def load_experts(
     if dim not in ("expert", "intermediate"):
         raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
+        raise ValueError(f"rank must be from 0 to world_size - 1, found rank {rank} of {world_size}")
     _check_device(device)
     start = time.perf_counter()
     with Files(path) as files:

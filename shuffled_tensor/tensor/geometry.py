@@ -106,7 +106,7 @@ def shard_range(size: int, rank: int, world_size: int, dim: ShardDim) -> range:
         ValueError: the rank is out of range, or on one of the ranks nothing would be left; on every rank alike.
     """
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in 0..{world_size - 1}, found {rank}")
+        raise ValueError(f"rank must be from 0 to world_size - 1, found rank {rank} of {world_size}")
     if dim == "expert":
         if size % world_size:
             raise ValueError(f"{size} (expert) cannot be parted into {world_size} equal parts")

@@ -298,7 +298,7 @@ class ShuffledMXFP4Tensor(Wrapper):
             raise ValueError(f"order must hold each of the {self.shape[0]} experts once, found {order}")
         parts = self.qdata, self.scale
         with self._storage.held(), self._storage.writing():
-            spare = [torch.empty_like(data[0]) for data in parts]
+            spare = [data.new_empty(data.shape[1:]) for data in parts]
             self._storage.touch()
             for data, kept in zip(parts, spare, strict=True):
                 done: set[int] = set()
