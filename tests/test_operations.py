@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "set_": (lambda w: w.set_(NEW), "make a new tensor"),
     "data": (lambda w: setattr(w, "data", NEW), "copy_"),
     "storage": (lambda w: w.untyped_storage().data_ptr(), "storage"),
-    "numpy": (lambda w: w.numpy(), "numpy"),
+    "numpy": (lambda w: w.numpy(), "dequantize"),
     "dlpack": (lambda w: torch.from_dlpack(w), "dequantize"),
     "one row": (lambda w: w[0, 3], "slice of length 1"),
     "some rows": (lambda w: w[:, INDEX], "indexed by one vector, along its experts"),
