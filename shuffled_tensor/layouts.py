@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shuffled_tensor import owners
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part, check_tensor
+from shuffled_tensor.owners import is_real
 
 __all__ = [
     "LAYOUTS",
@@ -108,10 +109,10 @@ class Order:
         return self._move(data, out, scratch, inverse=True)
 
     def scratch(self, data: Tensor) -> Tensor:
-        """What moving uint8 ``[E, N, bytes]`` in place needs: some of the experts, at least one."""
+        """What moving uint8 ``[E, N, bytes]`` in place needs, flat: the bytes of some of the experts, at least one."""
         limit = _IN_PLACE_SCRATCH.get(data.device.type, MAX_SCRATCH)
         first = next(expert_chunks(len(data), data[:1].nbytes, limit), slice(0))
-        return torch.empty_like(data[first], memory_format=torch.contiguous_format)
+        return data.new_empty(data[first].numel())
 
     def tiles(self, data: Tensor, halves: int, rows: range) -> Tensor:
         """Some rows (from a multiple of :attr:`row_tile` to another) of each half of experts that lie in this order, in
@@ -148,7 +149,9 @@ class Order:
             self._permute(source, target, inverse)
             return out
         scratch = self.scratch(data) if scratch is None else scratch
-        free = scratch.view(self.part.element)
+        each = data[0].numel()
+        some = len(scratch) // each
+        free = scratch[: some * each].view(some, *data.shape[1:]).view(self.part.element)
         for start in range(0, len(target), len(free)):
             chunk = target[start : start + len(free)]
             self._permute(free[: len(chunk)].copy_(chunk), chunk, inverse)
@@ -360,20 +363,13 @@ def _check_input(part: Part, data: Tensor, out: Tensor | None) -> None:
 
 def same_memory(data: Tensor, out: Tensor) -> bool:
     """Whether two contiguous tensors of one shape are the same bytes, whatever objects they are."""
-    if out is data or out.is_set_to(data):
+    if out is data or out.is_set_to(data):  # traced tensors know no memory to compare
         return True
-    return _has_address(data, out) and data.data_ptr() == out.data_ptr()
+    return is_real(data) and is_real(out) and data.data_ptr() == out.data_ptr()
 
 
 def _overlap(data: Tensor, out: Tensor) -> bool:
-    if not _has_address(data, out):
-        return False
-    return abs(data.data_ptr() - out.data_ptr()) < data.nbytes
-
-
-def _has_address(*tensors: Tensor) -> bool:
-    # traced tensors know no memory to compare
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors)
+    return is_real(data) and is_real(out) and abs(data.data_ptr() - out.data_ptr()) < data.nbytes
 
 
 def _check_sizes(part: Part, data: Tensor, layout: Layout, gate_up: bool) -> None:

@@ -239,7 +239,7 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
     _log.info(
         "prepared %d MXFP4 weights (%s): shuffled %.2f GiB in %.2f s",
         len(storages),
-        ", ".join(f"{count} {layout}" for layout, count in sorted(layouts.items())) or "none found",
+        ", ".join(f"{count} {layout}" for layout, count in sorted(layouts.items())),
         moved / 2**30,
         time.perf_counter() - start,
     )
@@ -325,8 +325,7 @@ def install_(module: nn.Module, name: str, weight: ShuffledMXFP4Tensor) -> nn.Pa
             if held is old:
                 _set(place, called, parameter)
     if getattr(owner, own) is old:  # neither parameter nor buffer
-        delattr(owner, own)
-        owner.register_parameter(own, parameter)
+        _set(owner, own, parameter)
     if not isinstance(old, ShuffledMXFP4Tensor):
         old.data = old.data.new_empty(0)
     return parameter

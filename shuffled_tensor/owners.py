@@ -16,10 +16,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Owner", "check_row_major", "find", "owned", "owners", "register"]
+__all__ = ["Owner", "check_row_major", "find", "is_real", "owned", "owners", "register"]
 
 
 class Record(Protocol):
@@ -75,8 +75,15 @@ def register(storage: object | None, record: Record, *parts: Tensor) -> None:
             _limit = max(256, 2 * len(_OWNERS))
 
 
+def is_real(data: Tensor) -> bool:
+    """Whether there are bytes behind a tensor: not where a compiler traces with fake ones, nor on the meta device."""
+    return type(data) in (Tensor, nn.Parameter) and data.device.type != "meta"
+
+
 def find(data: Tensor) -> Owner | None:
-    """The owner of memory that a tensor with real bytes shows a part of."""
+    """The owner of memory that a tensor shows a part of; None also where there is no memory."""
+    if not is_real(data):
+        return None
     start, stop = _extent(data)
     with _LOCK:
         found = _OWNERS[_overlapping(start, stop)] if start < stop else []
@@ -91,9 +98,7 @@ def owned(data: Tensor) -> bool:
 
 def check_row_major(name: str, data: Tensor) -> None:
     """Raise ValueError for bytes of a weight that do not lie as plain ones do; ``name`` is the argument's."""
-    if torch.compiler.is_compiling() or type(data) not in (Tensor, torch.nn.Parameter) or data.is_meta:
-        return  # no memory
-    owner = find(data)
+    owner = None if torch.compiler.is_compiling() else find(data)
     reason = None if owner is None else owner.record.why_not_row_major()
     if reason is not None:
         raise ValueError(

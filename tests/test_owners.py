@@ -16,15 +16,18 @@ from shuffled_tensor import (
     dequantize,
     fused_moe,
     install_,
+    override_arch,
+    owners,
     prepare,
     refit,
     shuffle_scale,
     shuffle_weight,
+    wrap_experts_,
 )
 from shuffled_tensor.testing import fake_aiter
 
 from .support.bytes import marked_parts, weight_of
-from .support.judges import assert_holds
+from .support.judges import assert_holds, dense
 from .support.layer import make_layer, packed_arguments
 
 LAYOUTS = ["mxfp4_moe", "mxfp4_separated"]
@@ -72,6 +75,20 @@ def test_shuffled_bytes_are_not_taken_for_plain_ones(
     take(qdata.clone(), scale.clone())  # and these are nobody's
 
 
+def test_wrapping_finds_shuffled_bytes_before_it_changes_anything() -> None:
+    module = nn.Module()
+    shuffled = ShuffledMXFP4Tensor(*marked_parts(2, 256, 128), gate_up=False).shuffle_("mxfp4_moe")
+    names = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
+    w13 = marked_parts(2, 256, 256)
+    for name, data in zip(names, (*w13, shuffled.qdata, shuffled.scale), strict=True):
+        module.register_buffer(name, data)
+    module.w2_weight = shuffled.qdata[:, :, :64]  # padded to 256 columns
+    module.w2_weight_scale = shuffled.scale[:, :, :4]
+    with pytest.raises(ValueError, match="w2_weight: qdata is memory of a ShuffledMXFP4Tensor"):
+        wrap_experts_(module, row_order="contiguous")
+    assert all(type(getattr(module, name)) is Tensor for name in names)
+
+
 def test_the_constructors_own_arguments_are_the_weights() -> None:
     qdata, scale = marked_parts(*SHAPE)
     weight = ShuffledMXFP4Tensor(qdata, scale, gate_up=False).shuffle_("mxfp4_moe")
@@ -91,6 +108,16 @@ def test_memory_that_was_freed_is_forgotten() -> None:
         weight = ShuffledMXFP4Tensor(*(part.clone() for part in parts), gate_up=False).shuffle_("mxfp4_moe")
         assert_holds(weight, parts, "mxfp4_moe")
         del weight
+
+
+def test_memory_that_was_resized_away_is_forgotten() -> None:
+    """As FSDP does with parameters that it has gathered; another tensor may get the addresses."""
+    weight = weight_of(marked_parts(*SHAPE), "mxfp4_moe")
+    owner = owners.find(weight.qdata)
+    assert owner is not None
+    assert owner.alive()
+    weight.qdata.untyped_storage().resize_(0)
+    assert not owner.alive()
 
 
 class Layer(nn.Module):
@@ -125,8 +152,6 @@ def test_an_unwrapped_module(change: str) -> None:
         module.w13.shuffle_("mxfp4_moe")
         module.w2.shuffle_("mxfp4_separated")
     elif change == "first use":
-        from shuffled_tensor import override_arch
-
         with override_arch("gfx950"), fake_aiter("#3788"):
             prepare(module)
         assert module.w13.is_shuffled
@@ -178,6 +203,17 @@ def test_data_of_a_view(expert: Any) -> None:
     assert torch.equal(view.qdata, other.qdata)
     assert view.qdata.data_ptr() == other.qdata.data_ptr()
     assert torch.equal(weight[expert].qdata, before)
+
+
+def test_data_of_a_view_of_the_same_weight() -> None:
+    parts = marked_parts(*SHAPE)
+    weight = weight_of(parts, "mxfp4_moe")
+    view = weight[1]
+    assert torch.equal(view.qdata, weight.qdata[1])
+    view.data = weight[2]
+    assert torch.equal(view.qdata, weight.qdata[2])
+    assert torch.equal(view.scale, weight.scale[2])
+    assert torch.equal(view.dequantize(torch.float64), dense(*parts)[2])
 
 
 def test_data_takes_the_same_gate_up() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, refit
+from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, layouts, refit
 from shuffled_tensor.layouts import Order
 
 from .support.bytes import marked_parts, weight_of
@@ -291,6 +291,22 @@ def test_no_memory_for_scratch(first: str, monkeypatch: pytest.MonkeyPatch) -> N
             with pytest.raises(MemoryError):
                 refit(nn.ParameterList([weight])).__enter__()
     assert_holds(weight, parts, first)
+
+
+def test_one_scratch_serves_codes_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bound that is documented, or of one expert's codes; also where several experts go through it in turn."""
+    parts = marked_parts(*SMALL)
+    weight, taken, scratch = weight_of(parts), [], Order.scratch
+    monkeypatch.setitem(layouts._IN_PLACE_SCRATCH, "cpu", 1)  # one expert
+
+    def counting(self: Order, data: Tensor) -> Tensor:
+        taken.append(scratch(self, data))
+        return taken[-1]
+
+    monkeypatch.setattr(Order, "scratch", counting)
+    weight.shuffle_("mxfp4_moe")
+    assert [data.nbytes for data in taken] == [weight.qdata[0].nbytes]
+    assert_holds(weight, parts, "mxfp4_moe")
 
 
 @pytest.mark.parametrize(

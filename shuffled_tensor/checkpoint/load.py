@@ -19,7 +19,7 @@ from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import CODES, PARTS
-from shuffled_tensor.tensor.geometry import Geometry, ShardDim, shard_range
+from shuffled_tensor.tensor.geometry import Geometry, ShardDim, check_rank, shard_range
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -84,8 +84,7 @@ def load_experts(
     """
     if dim not in ("expert", "intermediate"):
         raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be from 0 to world_size - 1, found rank {rank} of {world_size}")
+    check_rank(rank, world_size)
     _check_device(device)
     start = time.perf_counter()
     with Files(path) as files:
@@ -133,9 +132,7 @@ class _Cut(NamedTuple):
 
 def _cut(name: str, layer: Layer, rank: int, world_size: int, dim: ShardDim) -> _Cut:
     experts, intermediate = range(layer.w13.shape[0]), range(layer.w2.shape[2])
-    if dim == "expert" and is_shared(name):
-        return _Cut(experts, intermediate, True)
-    if world_size == 1:
+    if world_size == 1 or (dim == "expert" and is_shared(name)):
         return _Cut(experts, intermediate, True)
     try:
         part = shard_range(len(experts if dim == "expert" else intermediate), rank, world_size, dim)

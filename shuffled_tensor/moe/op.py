@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple, NoReturn, ParamSpec
 
 import torch
@@ -30,7 +29,7 @@ from shuffled_tensor.moe.call import (
     unpack,
 )
 from shuffled_tensor.tensor import policy
-from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.storage import PackedStorage, locked
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["Choice", "Description", "check_layouts", "fused_moe", "install", "layouts_in_use", "plan"]
@@ -227,10 +226,9 @@ def _packed(*args: Any) -> Tensor:
     }
     owned = {name: owner for name, owner in found.items() if owner is not None}
     storages = [storage for storage, _ in owned.values()]
-    first, second, *_ = *(storage.lock for storage in sorted(storages, key=id)), nullcontext(), nullcontext()
     running = threading.RLock()
     with running:
-        with first, second:
+        with locked(*storages):
             choice = _begin(call, owned)
             for storage in storages:
                 storage.running.add(running)

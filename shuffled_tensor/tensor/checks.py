@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from shuffled_tensor import mxfp4
+from shuffled_tensor import mxfp4, owners
 from shuffled_tensor.layouts import check_gate_up
 from shuffled_tensor.mxfp4 import CODES, SCALES, check_tensor
 from shuffled_tensor.tensor.geometry import RowOrder
@@ -50,6 +50,8 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
         )
     if qdata.device != scale.device:
         raise ValueError(f"qdata and scale must be on one device, found {qdata.device} and {scale.device}")
+    for part, data in ((CODES, qdata), (SCALES, scale)):
+        owners.check_row_major(part.name, data)
 
 
 def check_high_precision(weight: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from shuffled_tensor.layouts import round_up
 from shuffled_tensor.mxfp4 import BLOCK, Part
 
-__all__ = ["PADDING", "Geometry", "RowOrder", "ShardDim", "Window", "shard_range", "slice_of"]
+__all__ = ["PADDING", "Geometry", "RowOrder", "ShardDim", "Window", "check_rank", "shard_range", "slice_of"]
 
 RowOrder = Literal["contiguous", "interleaved"]
 """How the rows of a gate-up weight come: all gate rows, then all up rows; or g0, u0, g1, u1, ..."""
@@ -96,6 +96,12 @@ class Window(NamedTuple):
         return len(self.experts), len(self.rows), len(self.columns)
 
 
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise ValueError for a rank that there is not."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1, found rank {rank} of {world_size}")
+
+
 def shard_range(size: int, rank: int, world_size: int, dim: ShardDim) -> range:
     """A rank's part of `size` experts, all of them equal, or of an intermediate dimension, in whole blocks of 32.
 
@@ -105,8 +111,7 @@ def shard_range(size: int, rank: int, world_size: int, dim: ShardDim) -> range:
     Raises:
         ValueError: the rank is out of range, or on one of the ranks nothing would be left; on every rank alike.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be from 0 to world_size - 1, found rank {rank} of {world_size}")
+    check_rank(rank, world_size)
     if dim == "expert":
         if size % world_size:
             raise ValueError(f"{size} (expert) cannot be parted into {world_size} equal parts")

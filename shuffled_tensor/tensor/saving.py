@@ -55,6 +55,17 @@ def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> Pack
 _QDATA, _SCALE = (vars(PackedStorage)[part.name] for part in PARTS)  # slots
 
 
+def _packed(slot: Any) -> Any:
+    """What a slot holds once its owner is packed."""
+
+    def get(storage: _Unread) -> Tensor:
+        storage._pack()
+        data: Tensor = slot.__get__(storage)
+        return data
+
+    return property(get, slot.__set__)
+
+
 class _Unread(PackedStorage):
     """Logical bytes out of a file, which become a storage when somebody first looks at them.
 
@@ -64,23 +75,7 @@ class _Unread(PackedStorage):
 
     __slots__ = ()
 
-    @property
-    def qdata(self) -> Tensor:
-        self._pack()
-        return self.qdata
-
-    @qdata.setter
-    def qdata(self, data: Tensor) -> None:
-        _QDATA.__set__(self, data)
-
-    @property
-    def scale(self) -> Tensor:
-        self._pack()
-        return self.scale
-
-    @scale.setter
-    def scale(self, data: Tensor) -> None:
-        _SCALE.__set__(self, data)
+    qdata, scale = _packed(_QDATA), _packed(_SCALE)
 
     @property
     def experts(self) -> range:

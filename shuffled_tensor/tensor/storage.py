@@ -13,18 +13,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4, owners
 from shuffled_tensor.layouts import ROW_MAJOR, Layout, Order, expert_chunks, round_up
-from shuffled_tensor.mxfp4 import PARTS, Part
+from shuffled_tensor.mxfp4 import CODES, PARTS, Part
+from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.geometry import Geometry, Window, slice_of
 from shuffled_tensor.tensor.unwritten import Unwritten
 from shuffled_tensor.tensor.validity import State, Validity
 
-__all__ = ["PackedStorage", "checksum", "is_real", "locked"]
+__all__ = ["PackedStorage", "checksum", "locked"]
 
 
 class PackedStorage:
@@ -95,7 +96,7 @@ class PackedStorage:
         Raises:
             RuntimeError: they are a weight's, but not whole experts of it.
         """
-        owner = owners.find(qdata) if is_real(qdata) else None
+        owner = owners.find(qdata)
         if owner is None:
             return None
         storage = owner.storage()
@@ -145,7 +146,7 @@ class PackedStorage:
         # and what is another weight's stays its own
         qdata, scale = (
             data.contiguous()
-            if data.storage_offset() % 16 == 0 and not (is_real(data) and owners.owned(data))
+            if data.storage_offset() % 16 == 0 and not owners.owned(data)
             else data.clone(memory_format=torch.contiguous_format)
             for _, data in parts
         )
@@ -221,18 +222,18 @@ class PackedStorage:
         with self._outside():
             # what another process may be reading is left as it is, and replaced
             parts = [torch.empty_like(data) if self.is_shared() else data for data in (self.qdata, self.scale)]
-            scratch = [self.order(part).scratch(data) for part, data in zip(PARTS, parts, strict=True)]
+            scratch = self.order(CODES).scratch(parts[0])  # enough for one expert's scales, which are fewer
         return partial(self._move, layout, parts, scratch, f"changing its layout from {move}")
 
-    def _move(self, layout: Layout, parts: list[Tensor], scratch: list[Tensor], what: str) -> None:
+    def _move(self, layout: Layout, parts: list[Tensor], scratch: Tensor, what: str) -> None:
         in_place = parts[0] is self.qdata
         self._fence()
         with self._outside(), self.validity.changing():
             if in_place:
                 self.validity.touch(what)
-            for part, data, free in zip(PARTS, parts, scratch, strict=True):
-                self.order(part).unshuffle(self.bytes_of(part), out=data, scratch=free)
-                layout.order(part, self.geometry.gate_up).shuffle(data, out=data, scratch=free)
+            for part, data in zip(PARTS, parts, strict=True):
+                self.order(part).unshuffle(self.bytes_of(part), out=data, scratch=scratch)
+                layout.order(part, self.geometry.gate_up).shuffle(data, out=data, scratch=scratch)
             self._synchronize()  # others will read them as soon as this returns
             if not in_place:
                 if self._owned is not None:  # who still has the old bytes has them as they are
@@ -499,11 +500,6 @@ def locked(*storages: PackedStorage) -> Iterator[None]:
     first, *others = sorted(storages, key=id)
     with first.lock, locked(*others):  # of nothing but `with` is it sure that no interrupt leaves a lock behind
         yield
-
-
-def is_real(data: Tensor) -> bool:
-    """Whether there are bytes behind a tensor: not where a compiler traces with fake ones, nor on the meta device."""
-    return type(data) in (Tensor, nn.Parameter) and data.device.type != "meta"
 
 
 def _in_child() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shuffled_tensor import mxfp4, owners
+from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor import policy
@@ -75,8 +75,6 @@ class ShuffledMXFP4Tensor(Wrapper):
         dtype: torch.dtype = torch.bfloat16,
     ) -> ShuffledMXFP4Tensor:
         check_parts(qdata, scale)
-        for part, data in zip(PARTS, (qdata, scale), strict=True):
-            owners.check_row_major(part.name, data)
         check_row_order(gate_up, row_order, qdata.shape[-2])
         check_logical_dtype(dtype)
         layout = layout_or_none(shuffle_kind)

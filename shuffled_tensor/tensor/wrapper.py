@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import _disable_current_modes, return_and_corr
 
 from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, SCALES, Part
+from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import StorageTensor
 from shuffled_tensor.tensor.geometry import Window
-from shuffled_tensor.tensor.storage import PackedStorage, is_real
+from shuffled_tensor.tensor.storage import PackedStorage
 
 if TYPE_CHECKING:
     from typing_extensions import Self
