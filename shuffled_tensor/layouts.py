@@ -109,10 +109,12 @@ class Order:
         return self._move(data, out, scratch, inverse=True)
 
     def scratch(self, data: Tensor) -> Tensor:
-        """What moving uint8 ``[E, N, bytes]`` in place needs, flat: the bytes of some of the experts, at least one."""
+        """What moving uint8 ``[E, N, bytes]`` in place needs, flat: the bytes of as many experts as go at a time."""
+        return data.new_empty(self._at_a_time(data) * data[:1].numel())
+
+    def _at_a_time(self, data: Tensor) -> int:
         limit = _IN_PLACE_SCRATCH.get(data.device.type, MAX_SCRATCH)
-        first = next(expert_chunks(len(data), data[:1].nbytes, limit), slice(0))
-        return data.new_empty(data[first].numel())
+        return next(expert_chunks(len(data), data[:1].nbytes, limit), slice(0)).stop
 
     def tiles(self, data: Tensor, halves: int, rows: range) -> Tensor:
         """Some rows (from a multiple of :attr:`row_tile` to another) of each half of experts that lie in this order, in
@@ -150,7 +152,7 @@ class Order:
             return out
         scratch = self.scratch(data) if scratch is None else scratch
         each = data[0].numel()
-        some = len(scratch) // each
+        some = min(self._at_a_time(data), len(scratch) // each)  # it may have been taken for larger experts, or fewer
         free = scratch[: some * each].view(some, *data.shape[1:]).view(self.part.element)
         for start in range(0, len(target), len(free)):
             chunk = target[start : start + len(free)]
