@@ -602,7 +602,23 @@ backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
 tags          is_shuffled=True, gate_mode='separated'
-activations   mxfp4, round_up""",
+activations   mxfp4, round_up
+
+architecture  gfx950
+aiter         of unknown release, API before #3832 (v0.1.16, v0.1.17)
+backend       aiter
+layout        mxfp4_separated
+shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
+tags          is_shuffled=True, gate_mode='separated'
+activations   mxfp4, round_up
+
+architecture  gfx950
+aiter         of unknown release, API before #3832, without is_ep (v0.1.14, v0.1.15)
+backend       aiter
+layout        mxfp4_separated
+shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
+tags          is_shuffled=True, gate_mode='separated'
+activations   mxfp4, amax4""",
     )
 
 
