@@ -30,7 +30,16 @@ from shuffled_tensor.testing import VERSIONS, fake_aiter
 from .support.aiter import EXPECTED, OTHER, READS, answer_of
 from .support.bytes import coded, moderate_scales
 from .support.judges import relative_error
-from .support.layer import EXPERTS, HIDDEN, INTERMEDIATE, make_layer, make_weight, packed_arguments
+from .support.layer import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    PADDED_HIDDEN,
+    PADDED_INTERMEDIATE,
+    make_layer,
+    make_weight,
+    packed_arguments,
+)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -75,6 +84,83 @@ def test_untuned_shapes(version: str, device: str) -> None:
                 fused_moe(**layer, backend="aiter")
 
 
+@pytest.mark.parametrize("version", [name for name in VERSIONS if EXPECTED[name].layout == "mxfp4_separated"])
+@pytest.mark.parametrize("tuned", [True, False])
+@pytest.mark.parametrize("flydsl", [True, False])
+def test_few_tokens_of_an_untuned_shape(version: str, tuned: bool, flydsl: bool, device: str) -> None:
+    """They must not reach a kernel that reads gate-up interleaved rows."""
+    with override_arch("gfx950"), fake_aiter(version, tuned=tuned, flydsl=flydsl) as fake:
+        taken = tuned or (flydsl and version != "before #3832, without is_ep")
+        for tokens in (1, 2, 3, 5):
+            layer = make_layer(device, tokens)
+            report, out = explain(**layer), fused_moe(**layer)
+            if taken or tokens > 2:
+                assert report.backend == "aiter"
+                assert torch.equal(out, answer_of(fake, layer))
+            else:
+                assert report.backend == "reference"
+                assert report.passed_over["aiter"].startswith(
+                    "cktile_moe_stage1, which aiter would take, is not one that reads 'mxfp4_separated' for "
+                    f"{tokens} tokens (padded), 4 experts"
+                )
+                assert torch.equal(out, fused_moe(**layer, backend="reference"))
+                with pytest.raises(ValueError, match="cktile_moe_stage1"):
+                    fused_moe(**layer, backend="aiter")
+        assert "interleaved" not in "".join(fake.reads)
+        assert report.activations == f"mxfp4, {EXPECTED[version].scale_rule}"
+
+
+def test_small_hidden_sizes(device: str) -> None:
+    """#3788's kernels are wrong for them, whatever the layout."""
+    for hidden, backend_taken in ((512, "reference"), (256, "reference"), (544, "aiter")):
+        with override_arch("gfx950"), fake_aiter("#3788") as fake:
+            w13 = coded(2, 64, hidden // 2), moderate_scales(2, 64, hidden // 32)
+            w2 = coded(2, hidden, 16, salt=3), moderate_scales(2, hidden, 1)
+            layer = {
+                "hidden_states": torch.randn(3, hidden, generator=torch.Generator().manual_seed(0))
+                .bfloat16()
+                .to(device),
+                "w13": ShuffledMXFP4Tensor(*(p.to(device) for p in w13), gate_up=True, row_order="contiguous"),
+                "w2": ShuffledMXFP4Tensor(*(p.to(device) for p in w2), gate_up=False),
+                "topk_weight": torch.ones(3, 1, device=device),
+                "topk_ids": torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device),
+            }
+            report, out = explain(**layer), fused_moe(**layer)
+            assert report.backend == backend_taken
+            if backend_taken == "aiter":
+                assert torch.equal(out, answer_of(fake, layer))
+            else:
+                assert f"a hidden size of {hidden} (padded) would be miscomputed" in report.passed_over["aiter"]
+                assert fake.reads == []
+                operands = [layer[name].as_kernel_operands() for name in ("w13", "w2")]
+                import aiter
+
+                wrong = aiter.fused_moe.fused_moe(
+                    layer["hidden_states"],
+                    *(operand.weight for operand in operands),
+                    layer["topk_weight"],
+                    layer["topk_ids"],
+                    quant_type=aiter.QuantType.per_1x32,
+                    w1_scale=operands[0].scale,
+                    w2_scale=operands[1].scale,
+                )
+                assert relative_error(wrong, answer_of(fake, layer)) > 0.5
+
+
+def test_a_call_that_aiter_cannot_configure(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """As where flydsl is missing."""
+
+    def fail(**given: Any) -> Any:
+        raise ImportError("No module named 'flydsl'")
+
+    with override_arch("gfx950"), fake_aiter("#3832") as fake:
+        monkeypatch.setattr(fake, "configuration", fail)
+        layer = make_layer(device)
+        reason = "aiter #3832 has no kernel for this call (ImportError: No module named 'flydsl')"
+        assert explain(**layer).passed_over == {"aiter": reason}
+        assert torch.equal(fused_moe(**layer), fused_moe(**layer, backend="reference"))
+
+
 # --- what its kernels would ignore or compute wrongly
 
 
@@ -96,7 +182,7 @@ def refusals(device: str) -> dict[str, tuple[dict[str, Any], str]]:
         "float16": ({"hidden_states": x.half()}, "hidden_states are torch.float16, not bfloat16"),
         "float32": ({"hidden_states": x.float()}, "hidden_states are torch.float32, not bfloat16"),
         "out_dtype": ({"out_dtype": torch.float16}, "out_dtype is torch.float16, not bfloat16"),
-        "scale_rule": ({"activation_dtype": "mxfp4", "scale_rule": "amax4"}, "not scale_rule='amax4'"),
+        "scale_rule": ({"activation_dtype": "mxfp4", "scale_rule": "floor"}, "not scale_rule='floor'"),
     }
     moved = {}
     for name, (change, reason) in changes.items():
@@ -145,13 +231,13 @@ def test_what_reaches_the_operator(version: str, monkeypatch: pytest.MonkeyPatch
             name: (value.dtype, tuple(value.shape)) for name, value in given.items() if isinstance(value, Tensor)
         }
         assert described == {
-            "hidden_states": (torch.bfloat16, (5, 512)),
-            "w1": (torch.float4_e2m1fn_x2, (EXPERTS, 512, 256)),
-            "w2": (torch.float4_e2m1fn_x2, (EXPERTS, 512, 128)),
+            "hidden_states": (torch.bfloat16, (5, PADDED_HIDDEN)),
+            "w1": (torch.float4_e2m1fn_x2, (EXPERTS, 512, 384)),
+            "w2": (torch.float4_e2m1fn_x2, (EXPERTS, PADDED_HIDDEN, 128)),
             "topk_weight": (torch.float32, (5, 2)),
             "topk_ids": (torch.int32, (5, 2)),
-            "w1_scale": (torch.uint8, (EXPERTS, 512, 16)),
-            "w2_scale": (torch.uint8, (EXPERTS, 512, 8)),
+            "w1_scale": (torch.uint8, (EXPERTS, 512, 24)),
+            "w2_scale": (torch.uint8, (EXPERTS, PADDED_HIDDEN, 8)),
         }
         assert all(given[name].is_contiguous() for name in described)
         own = {"w1": w13.qdata, "w2": w2.qdata, "w1_scale": w13.scale, "w2_scale": w2.scale}
@@ -166,8 +252,8 @@ def test_what_reaches_the_operator(version: str, monkeypatch: pytest.MonkeyPatch
             "doweight_stage1": False,
             "block_size_M": -1,
             "moe_sorting_dispatch_policy": 0,
-            "hidden_pad": 512 - HIDDEN,
-            "intermediate_pad": 256 - INTERMEDIATE,
+            "hidden_pad": PADDED_HIDDEN - HIDDEN,
+            "intermediate_pad": PADDED_INTERMEDIATE - INTERMEDIATE,
             "gate_mode": EXPECTED[version].gate_mode,
         }
         assert vars(given["w1"]) == {"is_shuffled": True} | EXPECTED[version].tags
@@ -318,9 +404,13 @@ def test_drop_in(version: str, call: Callable[..., Tensor], mode: Callable[[], A
             {"w1_scale": torch.nn.Parameter(w13_scale, requires_grad=False)},
         ):
             assert torch.equal(by_keyword(aiter, parameters, **scales), answer)
-        padded = parameters | {"hidden_states": torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))}
-        out = call(aiter, padded, hidden_pad=512 - HIDDEN, intermediate_pad=256 - INTERMEDIATE)
-        assert out.shape == (5, 512)
+        padded = parameters | {
+            "hidden_states": torch.nn.functional.pad(layer["hidden_states"], (0, PADDED_HIDDEN - HIDDEN))
+        }
+        out = call(
+            aiter, padded, hidden_pad=PADDED_HIDDEN - HIDDEN, intermediate_pad=PADDED_INTERMEDIATE - INTERMEDIATE
+        )
+        assert out.shape == (5, PADDED_HIDDEN)
         assert torch.equal(out[:, :HIDDEN], answer)
         assert not out[:, HIDDEN:].any()
 
@@ -414,7 +504,7 @@ def test_kernel_operands(version: str, device: str) -> None:
 
         def call() -> Tensor:
             return aiter.fused_moe.fused_moe(
-                torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN)),
+                torch.nn.functional.pad(layer["hidden_states"], (0, PADDED_HIDDEN - HIDDEN)),
                 first.weight,
                 second.weight,
                 layer["topk_weight"],
@@ -514,7 +604,23 @@ backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
 tags          is_shuffled=True, gate_mode='separated'
-activations   mxfp4, round_up""",
+activations   mxfp4, round_up
+
+architecture  gfx950
+aiter         of unknown release, API before #3832 (v0.1.16, v0.1.17)
+backend       aiter
+layout        mxfp4_separated
+shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
+tags          is_shuffled=True, gate_mode='separated'
+activations   mxfp4, round_up
+
+architecture  gfx950
+aiter         of unknown release, API before #3832, without is_ep (v0.1.14, v0.1.15)
+backend       aiter
+layout        mxfp4_separated
+shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
+tags          is_shuffled=True, gate_mode='separated'
+activations   mxfp4, amax4""",
     )
 
 
@@ -548,7 +654,7 @@ def test_an_aiter_of_no_known_version(installed: Callable[..., ModuleType]) -> N
 
 def test_an_aiter_from_before_the_port(installed: Callable[..., ModuleType]) -> None:
     module = installed(fused_moe=lambda hidden_states: None, get_2stage_cfgs=lambda token, is_shuffled, gate_mode: None)
-    assert backend.detect().version.name == "before #3832"
+    assert backend.detect().version.name == "before #3832, without is_ep"
     backend.forget(module)
 
 

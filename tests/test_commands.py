@@ -58,8 +58,8 @@ def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         capsys.readouterr().out,
         """\
 tensor                           format    shape      layout     scales     checksum      problems
-layers.0.ffn.experts.w13_weight  deepseek  4x320x288  canonical  2^-7..2^0  f8589de22609  none (no checksum in the file)
-layers.0.ffn.experts.w2_weight   deepseek  4x288x160  canonical  2^-7..2^0  23c298937234  none (no checksum in the file)
+layers.0.ffn.experts.w13_weight  deepseek  4x320x544  canonical  2^-7..2^0  c2fe5135997e  none (no checksum in the file)
+layers.0.ffn.experts.w2_weight   deepseek  4x544x160  canonical  2^-7..2^0  455994b40b8e  none (no checksum in the file)
 """,
     )
     assert main(["inspect", "ours.safetensors"]) == 0
@@ -67,8 +67,8 @@ layers.0.ffn.experts.w2_weight   deepseek  4x288x160  canonical  2^-7..2^0  23c2
         capsys.readouterr().out,
         """\
 tensor                                 format           shape      layout     scales     checksum      problems
-model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x288  canonical  2^-7..2^0  f8589de22609  none
-model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x288x160  canonical  2^-7..2^0  23c298937234  none
+model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  2^-7..2^0  c2fe5135997e  none
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  2^-7..2^0  455994b40b8e  none
 """,
     )
 
@@ -92,13 +92,13 @@ def test_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         capsys.readouterr().out,
         """\
 tensor                                 format           shape      layout     scales     checksum      problems
-model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x288  canonical  2^-7..2^0  f8589de22609  none
-model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x288x160  canonical  2^-7..2^0  c9ca792dd9f6  damaged: the manifest says checksum 23c298937234
-model.layers.0.mlp.experts.w2_weight: damaged: the manifest says checksum 23c298937234
+model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  2^-7..2^0  c2fe5135997e  none
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  2^-7..2^0  0eb0d3687249  damaged: the manifest says checksum 455994b40b8e
+model.layers.0.mlp.experts.w2_weight: damaged: the manifest says checksum 455994b40b8e
 2 weights read, 2 compared with a checksum, 1 with problems
 tensor                           format    shape      layout     scales     checksum      problems
-layers.0.ffn.experts.w13_weight  deepseek  4x320x288  canonical  2^-7..2^0  1fc44f65f86a  1 scales are NaN (255)
-layers.0.ffn.experts.w2_weight   deepseek  4x288x160  canonical  2^-7..2^0  23c298937234  none (no checksum in the file)
+layers.0.ffn.experts.w13_weight  deepseek  4x320x544  canonical  2^-7..2^0  172902432679  1 scales are NaN (255)
+layers.0.ffn.experts.w2_weight   deepseek  4x544x160  canonical  2^-7..2^0  455994b40b8e  none (no checksum in the file)
 tensor                format    shape  layout  scales  checksum  problems
 layers.0.ffn.experts  deepseek                                   layers.0.ffn.experts.0.w2.weight in incomplete.safetensors has no scale of expert 1 beside it
 """,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +23,11 @@ from torch import Tensor
 from shuffled_tensor import override_arch, shuffle_scale, shuffle_weight
 from shuffled_tensor.backends.aiter import versions
 from shuffled_tensor.testing import VERSIONS, FakeAiter, fake_aiter
+from shuffled_tensor.testing.fake_aiter import ck_moe_stage1
 
 from .support.aiter import EXPECTED, OTHER, answer_of
 from .support.judges import relative_error
-from .support.layer import EXPERTS, HIDDEN, make_layer
+from .support.layer import EXPERTS, HIDDEN, PADDED_HIDDEN, make_layer
 
 SIGNATURES = json.loads((Path(__file__).parent / "data" / "aiter_signatures.json").read_text())
 
@@ -46,8 +47,8 @@ VERSION_OF = {
     # The open pull request #4398 has the signatures of #3832, and that is what it must be known as: it reads w1 as
     # gate-up interleaved only if that has a true attribute `is_guinterleave`, which weights passed as #3832 never get.
     "2bb3bca2df": "#3832",
-    "v0.1.14": "before #3832",
-    "v0.1.15": "before #3832",
+    "v0.1.14": "before #3832, without is_ep",
+    "v0.1.15": "before #3832, without is_ep",
     "v0.1.16": "before #3832",
     "v0.1.17": "before #3832",
     "v0.1.16.post4": "#3832",
@@ -63,6 +64,8 @@ COMMIT_OF = {
     "#3827": "05567f6668",
     "#3832": "e4048607a5",
     "#4542": "55f4bfeb5e",
+    "before #3832": "v0.1.17",
+    "before #3832, without is_ep": "v0.1.14",
 }
 
 
@@ -98,7 +101,7 @@ def test_the_tables_are_of_the_same_versions() -> None:
     assert set(SIGNATURES) == set(VERSION_OF)
     assert list(VERSIONS) == list(EXPECTED) == list(COMMIT_OF)
     names = [version.name for version in versions.VERSIONS]
-    assert sorted(names) == sorted({*VERSIONS, "before #3832"}) == sorted(set(VERSION_OF.values()))
+    assert sorted(names) == sorted(VERSIONS) == sorted(set(VERSION_OF.values()))
     for version in versions.VERSIONS:  # the commits and releases that a version names are known as it
         named = [word for word in SIGNATURES if word in version.since.replace(",", "").split()]
         assert named
@@ -134,7 +137,9 @@ def test_a_fake_is_known_as_its_version(version: str) -> None:
             EXPECTED[version].gate_mode,
             EXPECTED[version].tags,
         )
-        assert (found.tuned is None) == EXPECTED[version].any_shape
+        untuned = SimpleNamespace(pipeline=None, mxfp4_hip=False, stage1=ck_moe_stage1)
+        reads = found.other_kernel is None or found.other_kernel(untuned) is None
+        assert reads == EXPECTED[version].any_shape
         assert fake.version.scale_rule == EXPECTED[version].scale_rule
 
 
@@ -175,7 +180,8 @@ RIGHT, WRONG = "right", "wrong number"
 TAGGED = ("#3470, shuffle_kind", "#3470, is_guinterleave")  # a tag must go with a tuned kernel
 BY_GATE_MODE = ("#3470", "#3827")
 PORT = ("#3788",)
-SEPARATED = ("#3832", "#4542")
+SHARED = ("#3832", "#4542")  # with shared experts
+SEPARATED = (*SHARED, "before #3832", "before #3832, without is_ep")
 # (versions, mistake, whether kernels are tuned for the shape, what happens)
 MISTAKES: list[tuple[tuple[str, ...], str, bool, Any]] = [
     (tuple(VERSIONS), "none", True, RIGHT),
@@ -239,7 +245,7 @@ def test_mistakes_on_plain_tensors(version: str, mistake: str, tuned: bool, outc
             local = layer["topk_ids"] > 0
             rest = {"topk_ids": (layer["topk_ids"] - 1).clamp(min=0), "topk_weight": layer["topk_weight"] * local}
             answer = answer_of(fake, layer | rest)
-        padded = torch.nn.functional.pad(layer["hidden_states"], (0, 512 - HIDDEN))
+        padded = torch.nn.functional.pad(layer["hidden_states"], (0, PADDED_HIDDEN - HIDDEN))
 
         def call() -> Tensor:
             out: Tensor = aiter.fused_moe.fused_moe(
@@ -261,7 +267,37 @@ def test_mistakes_on_plain_tensors(version: str, mistake: str, tuned: bool, outc
                 call()
 
 
-@pytest.mark.parametrize("version", SEPARATED)
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("flydsl", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+def test_few_tokens_of_an_untuned_shape(version: str, flydsl: bool, tokens: int, device: str) -> None:
+    """On plain tensors, in the layout that every other call of these versions reads."""
+    if version not in SEPARATED:
+        pytest.skip("its untuned shapes are wrong for any number of tokens")
+    with override_arch("gfx950"), fake_aiter(version, tuned=False, flydsl=flydsl) as fake:
+        import aiter
+
+        layer = make_layer(device, tokens)
+        operands = [layer[name].shuffle_("mxfp4_separated").as_kernel_operands() for name in ("w13", "w2")]
+        options: dict[str, Any] = {"is_shuffled": True} if version == "#4542" else {}
+        out = aiter.fused_moe.fused_moe(
+            torch.nn.functional.pad(layer["hidden_states"], (0, PADDED_HIDDEN - HIDDEN)),
+            *(operand.weight for operand in operands),
+            layer["topk_weight"],
+            layer["topk_ids"],
+            quant_type=aiter.QuantType.per_1x32,
+            w1_scale=operands[0].scale,
+            w2_scale=operands[1].scale,
+            **options,
+        )[:, :HIDDEN]
+        few = tokens * 2 <= EXPERTS and not (flydsl and version != "before #3832, without is_ep")
+        if few:
+            assert relative_error(out, answer_of(fake, layer)) > 0.5
+        else:
+            assert torch.equal(out, answer_of(fake, layer))
+
+
+@pytest.mark.parametrize("version", SHARED)
 def test_a_fake_refuses_what_it_has_no_kernels_for(version: str) -> None:
     with fake_aiter(version):
         import aiter
@@ -292,6 +328,7 @@ def test_the_fake_leaves_no_trace() -> None:
     assert {name for name in set(sys.modules) - before if "aiter" in name.split(".")[0]} == set()
     assert not hasattr(torch.ops.aiter, "fused_moe_")
     assert not any("aiter" in sys.modules[name].__name__.split(".")[0] for name in sys.modules if name == "aiter")
-    known = "#3470, shuffle_kind; #3470, is_guinterleave; #3470; #3788; #3827; #3832; #4542"
+    known = "#3470, shuffle_kind; #3470, is_guinterleave; #3470; #3788; #3827; #3832; #4542; before #3832; "
+    known += "before #3832, without is_ep"
     with pytest.raises(ValueError, match=f"unknown version '#1'; known versions: {known}"), fake_aiter("#1"):
         pass

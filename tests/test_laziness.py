@@ -205,7 +205,7 @@ def test_a_shape_without_a_kernel_is_logged_once(caplog: pytest.LogCaptureFixtur
             fused_moe(**make_layer(tokens=tokens))
     assert [record.getMessage() for record in caplog.records] == [
         "fused_moe goes to the reference backend, not to aiter: no tuned kernel reads 'mxfp4_moe' for 8 tokens "
-        "(padded), 4 experts, hidden size 512, intermediate size 256 and topk 2 in aiter #3470, shuffle_kind"
+        "(padded), 4 experts, hidden size 768, intermediate size 256 and topk 2 in aiter #3470, shuffle_kind"
     ]
 
 

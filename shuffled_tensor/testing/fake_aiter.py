@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,21 @@ _CONFIG = (
 _CONFIG_LATE = (*_CONFIG, "is_ep", "has_stage2_bias", "opus_weights_shuffled")
 
 
+# The first stages that a configuration may name; which one it is tells which byte order is read.
+
+
+def _mxfp4_a4w4_stage1_fw() -> None: ...
+
+
+def _flydsl_stage1_wrapper() -> None: ...
+
+
+def ck_moe_stage1() -> None: ...
+
+
+def cktile_moe_stage1() -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class FakeVersion:
     """What can be seen of one version of aiter from outside."""
@@ -105,8 +121,15 @@ class FakeVersion:
     silently."""
     port_tag: str | None = None
     """The value of it that leads to kernels for any shape, made up where none is tuned, under either gate mode."""
+    port_above: int = 0
+    """The hidden size up to which those kernels are wrong; here, as if they read rows in their order."""
     expert_mask: type[Exception] | None = None
     """What tuned kernels raise for one; None where they drop it."""
+    split_k: bool = False
+    """Whether few tokens of a shape that is not tuned go to a kernel that reads gate-up interleaved tiles, under either
+    gate mode, where FlyDSL's kernels do not take them."""
+    flydsl: bool = True
+    """Whether FlyDSL's kernels take such shapes, unless they are switched off."""
     interleaved: str | None = None
     """The byte order that kernels for any shape read under the gate mode "interleave"; None where that is the same
     as under the other: tiles or rows, by `is_shuffled`."""
@@ -168,6 +191,7 @@ _ROWS = (
         tag="shuffle_kind",
         tuned_tag="mxfp4_guinterleave",
         port_tag="mxfp4_moe",
+        port_above=512,
     ),
     FakeVersion(
         name="#3827",
@@ -191,6 +215,7 @@ _ROWS = (
         gate_mode="separated",
         reads=PLAIN,
         expert_mask=NotImplementedError,
+        split_k=True,
         interleaved=GUGU,  # its a8w4 and a16w4 kernels
     ),
     FakeVersion(
@@ -204,6 +229,36 @@ _ROWS = (
         gate_mode="separated",
         reads=PLAIN,
         expert_mask=NotImplementedError,
+        split_k=True,
+        interleaved=GUGU,
+    ),
+    FakeVersion(
+        name="before #3832",
+        operator=_EARLY,
+        call=_CALL_EARLY,
+        config=(*_CONFIG, "is_ep", "has_stage2_bias"),
+        attributes={},
+        hip=False,
+        scale_rule="round_up",
+        gate_mode="separated",
+        reads=PLAIN,
+        expert_mask=NotImplementedError,  # in life they take it; the fake has none that do
+        split_k=True,
+        interleaved=GUGU,
+    ),
+    FakeVersion(
+        name="before #3832, without is_ep",
+        operator=_EARLY,
+        call=_CALL_EARLY,
+        config=_CONFIG,
+        attributes={},
+        hip=False,
+        scale_rule="amax4",
+        gate_mode="separated",
+        reads=PLAIN,
+        expert_mask=NotImplementedError,
+        split_k=True,
+        flydsl=False,
         interleaved=GUGU,
     ),
 )
@@ -219,11 +274,14 @@ class FakeAiter:
     Attributes:
         version: its row.
         tuned: whether its table of tuned kernels has a row for every shape, or for none.
+        flydsl: whether FlyDSL's kernels take the shapes that it has none for, where the version can: else it is as with
+            AITER_FLYDSL_FORCE=0.
         reads: for each call that reached a kernel, the byte order in which that kernel read w13.
     """
 
     version: FakeVersion
     tuned: bool
+    flydsl: bool = True
     reads: list[str] = field(default_factory=list)
 
     def answer(self, hidden_states: Tensor, w13: Tensor, w2: Tensor, topk_weight: Tensor, topk_ids: Tensor) -> Tensor:
@@ -248,7 +306,16 @@ class FakeAiter:
         row = self.tuned and given["q_dtype_w"] is torch.float4_e2m1fn_x2 and not given["doweight_stage1"]
         tagged = version.tuned_tag is None or _same(given.get(version.tag or ""), version.tuned_tag)
         mxfp4 = row and given["gate_mode"] == version.gate_mode and tagged
-        return SimpleNamespace(pipeline=self._kernel if mxfp4 else None, mxfp4_hip=mxfp4, output_aux=mxfp4)
+        if mxfp4:
+            stage1 = _mxfp4_a4w4_stage1_fw if "_mxfp4_a4w4_stage1_fw" in version.attributes else _flydsl_stage1_wrapper
+        elif self.flydsl and version.flydsl:
+            stage1 = _flydsl_stage1_wrapper
+        elif version.split_k and given["token"] * given["topk"] <= given["expert"] and given["model_dim"] >= 512:
+            stage1 = cktile_moe_stage1
+        else:
+            stage1 = ck_moe_stage1
+        pipeline = self._kernel if mxfp4 else None
+        return SimpleNamespace(pipeline=pipeline, mxfp4_hip=mxfp4, output_aux=mxfp4, stage1=partial(stage1))
 
     def fused_moe_(self, given: dict[str, Any]) -> Tensor:
         """The operator."""
@@ -284,8 +351,12 @@ class FakeAiter:
         if version.port_tag is not None and _same(tag, version.port_tag):
             if w1.dtype is not torch.float4_e2m1fn_x2:
                 raise TypeError(f"fused_moe: weight/CSV backend mismatch. {tag=}, {w1.dtype=}")
-            return version.reads
+            return version.reads if w2.shape[1] > version.port_above else ROW_MAJOR
         found = self.configuration(
+            token=_padded_tokens(len(given["topk_ids"])),
+            topk=given["topk_ids"].shape[1],
+            expert=len(w1),
+            model_dim=w2.shape[1],
             q_dtype_w=w1.dtype,
             doweight_stage1=given["doweight_stage1"],
             gate_mode=given["gate_mode"],
@@ -299,7 +370,9 @@ class FakeAiter:
             return version.reads
         if version.interleaved and given["gate_mode"] == "interleave":
             return version.interleaved
-        return PLAIN if shuffled and w1.dtype is torch.float4_e2m1fn_x2 else ROW_MAJOR
+        if not shuffled or w1.dtype is not torch.float4_e2m1fn_x2:
+            return ROW_MAJOR
+        return GUGU if found.stage1.func is cktile_moe_stage1 else PLAIN
 
 
 def _same(tag: Any, value: str | bool | None) -> bool:
@@ -350,12 +423,14 @@ def _padded_tokens(tokens: int) -> int:
 
 
 @contextmanager
-def fake_aiter(version: str, *, tuned: bool = True) -> Iterator[FakeAiter]:
+def fake_aiter(version: str, *, tuned: bool = True, flydsl: bool = True) -> Iterator[FakeAiter]:
     """Inside, ``import aiter`` gives a fake of one version, and ``torch.ops.aiter.fused_moe_`` is its operator.
 
     Args:
         version: the name of one of :data:`VERSIONS`.
         tuned: whether its table of tuned kernels has a row for the shapes it is called with.
+        flydsl: whether FlyDSL's kernels take the shapes that it has none for, where the version can: else it is as with
+            AITER_FLYDSL_FORCE=0.
 
     Raises:
         ValueError: an unknown version.
@@ -365,7 +440,7 @@ def fake_aiter(version: str, *, tuned: bool = True) -> Iterator[FakeAiter]:
         raise ValueError(f"unknown version {version!r}; known versions: {'; '.join(VERSIONS)}")
     if "aiter" in sys.modules or hasattr(torch.ops.aiter, "fused_moe_"):
         raise RuntimeError("an aiter is loaded already, and a fake beside it would be neither")
-    fake = FakeAiter(VERSIONS[version], tuned)
+    fake = FakeAiter(VERSIONS[version], tuned, flydsl)
     library = torch.library.Library("aiter", "FRAGMENT")
     modules = _modules(fake, library)
     sys.modules.update(modules)

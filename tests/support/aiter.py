@@ -31,6 +31,8 @@ EXPECTED = {
     "#3827": Expected("mxfp4_moe", "even", "interleave", False),
     "#3832": Expected("mxfp4_separated", "round_up", "separated", True),
     "#4542": Expected("mxfp4_separated", "round_up", "separated", True),
+    "before #3832": Expected("mxfp4_separated", "round_up", "separated", True),
+    "before #3832, without is_ep": Expected("mxfp4_separated", "amax4", "separated", True),
 }
 READS = {"mxfp4_moe": "gate-up interleaved tiles", "mxfp4_separated": "separated tiles"}
 OTHER = {"mxfp4_moe": "mxfp4_separated", "mxfp4_separated": "mxfp4_moe"}

@@ -15,7 +15,8 @@ from shuffled_tensor.mxfp4 import CODES
 
 from .bytes import coded, moderate_scales
 
-EXPERTS, HIDDEN, INTERMEDIATE = 4, 288, 160  # padded to 512 and 256
+EXPERTS, HIDDEN, INTERMEDIATE = 4, 544, 160
+PADDED_HIDDEN, PADDED_INTERMEDIATE = 768, 256
 
 
 def weight_parts(name: str) -> tuple[Tensor, Tensor]:

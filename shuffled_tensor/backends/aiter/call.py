@@ -43,41 +43,51 @@ def refuse(call: MoECall[PackedWeight]) -> str | None:
     for name, qdata in (("w13", call.w13.qdata), ("w2", call.w2.qdata)):
         if not qdata.is_contiguous():
             return f"the experts of {name} are not contiguous in memory; .clone() them"
-    return _untuned(call, installed)
+    hidden = call.w2.geometry.padded_rows
+    if hidden <= installed.version.hidden_above:
+        return (
+            f"a hidden size of {hidden} (padded) would be miscomputed: aiter {installed.version.name} has kernels "
+            f"for more than {installed.version.hidden_above}"
+        )
+    return _misread(call, installed)
 
 
-def _untuned(call: MoECall[PackedWeight], installed: Installed) -> str | None:
-    """Where only tuned shapes have kernels that read the version's layout, the others would be wrong without a
-    word."""
+def _misread(call: MoECall[PackedWeight], installed: Installed) -> str | None:
+    """Where aiter would take other kernels than those that read the version's layout, which would be wrong without a
+    word: what it would take is said by its own configuration for the call."""
     version, tokens = installed.version, call.hidden_states.shape[0]
-    if version.tuned is None or isinstance(tokens, torch.SymInt):  # a symbolic size is looked up when the call runs
-        return None
+    if version.other_kernel is None or isinstance(tokens, torch.SymInt) or not tokens:
+        return None  # a symbolic size is looked up when the call runs
     module, fused_moe = installed.probed.module, installed.probed.fused_moe
     w13, w2 = call.w13.geometry, call.w2.geometry
     experts, topk, padded = len(call.w13.qdata), call.topk_ids.shape[1], fused_moe.get_padded_M(tokens)
-    found = fused_moe.get_2stage_cfgs(
-        padded,
-        w2.padded_rows,
-        w2.padded_columns,
-        experts,
-        topk,
-        torch.bfloat16,
-        torch.float4_e2m1fn_x2,
-        torch.float4_e2m1fn_x2,
-        module.QuantType.per_1x32,
-        True,
-        module.ActivationType.Silu,
-        False,
-        w13.padded_columns - w13.columns,
-        w2.padded_columns - w2.columns,
-        True,
-        gate_mode=version.gate_mode,
-        **version.config,
-    )
-    if version.tuned(found):
+    try:
+        found = fused_moe.get_2stage_cfgs(
+            padded,
+            w2.padded_rows,
+            w2.padded_columns,
+            experts,
+            topk,
+            torch.bfloat16,
+            torch.float4_e2m1fn_x2,
+            torch.float4_e2m1fn_x2,
+            module.QuantType.per_1x32,
+            True,
+            module.ActivationType.Silu,
+            False,
+            w13.padded_columns - w13.columns,
+            w2.padded_columns - w2.columns,
+            True,
+            gate_mode=version.gate_mode,
+            **version.config,
+        )
+    except Exception as error:  # as where flydsl is missing; the call itself would raise it too
+        return f"aiter {version.name} has no kernel for this call ({type(error).__name__}: {error})"
+    other = version.other_kernel(found)
+    if other is None:
         return None
     return (
-        f"no tuned kernel reads {version.layout.name!r} for {padded} tokens (padded), {experts} experts, hidden size "
+        f"{other} reads {version.layout.name!r} for {padded} tokens (padded), {experts} experts, hidden size "
         f"{w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk} in aiter {version.name}"
     )
 

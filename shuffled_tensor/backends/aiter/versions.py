@@ -46,9 +46,11 @@ class Version:
     """Whether w2 may tell its intermediate size without padding."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What `get_2stage_cfgs` gets beyond the arguments common to all versions."""
-    tuned: Callable[[Any], bool] | None = None
-    """Whether the configuration found is one of the kernels that read it; None where every configuration reads this
-    layout."""
+    hidden_above: int = 0
+    """What the hidden size, padded, must be larger than."""
+    other_kernel: Callable[[Any], str | None] | None = None
+    """What does not read the layout, of the configuration that aiter has found for a call, or None where its kernels
+    do. None where every configuration reads it."""
 
 
 class Probed:
@@ -73,54 +75,77 @@ def _parameters(module: ModuleType, name: str) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
 
 
+def _untuned(tuned: Callable[[Any], bool]) -> Callable[[Any], str | None]:
+    return lambda found: None if tuned(found) else "no tuned kernel"
+
+
+def _not_separated(found: Any) -> str | None:
+    """Which first stage it is, is all that tells. Where FlyDSL's kernels do not take an untuned shape (before v0.1.16,
+    with AITER_FLYDSL_FORCE=0, without flydsl) and tokens are few, it is one that reads gate-up interleaved rows."""
+    name = str(getattr(getattr(found.stage1, "func", found.stage1), "__name__", found.stage1))
+    kernel = str(getattr(found.stage1, "keywords", {}).get("kernelName"))
+    reads = name in _READS_SEPARATED and "_gui" not in kernel
+    return None if reads else f"{name}, which aiter would take, is not one that"
+
+
+_READS_SEPARATED = ("_flydsl_stage1_wrapper", "_mxfp4_a4w4_stage1_fw", "ck_moe_stage1", "fused_moe_1stage")
+
 # No version's MXFP4 kernels take bias, swiglu_limit, another activation than SiLU, doweight_stage1, activations
 # quantised already, or float16; nor expert_mask, which some of them refuse and the others drop.
 # The first row that fits is taken: #3788 has all that the first one of #3470 is known by, and #4542 all of #3832.
-# The last row must not take an aiter to come for an old one, which would be silent: it is closed by a parameter that
-# came later than its last release.
+# The last two rows must not take an aiter to come for an old one, which would be silent: they are closed by a parameter
+# that came later than their last release.
 VERSIONS = (
     Version(
         "#3788", "46ecc4489d", lambda p: "shuffle_kind" in p.config and p.has("_MXFP4_PORT_KIND"),
         LAYOUTS["mxfp4_moe"], "separated", "even",
         # its other tag, mxfp4_guinterleave, falls silently to plain kernels for an untuned shape; this one never does
         w13_tags={"shuffle_kind": "mxfp4_moe"}, inter_real=True,
+        hidden_above=512,  # its loop over K runs one step ahead of two
     ),
     Version(
         "#3470, shuffle_kind", "57e74501a5", lambda p: "shuffle_kind" in p.config,
         LAYOUTS["mxfp4_moe"], "separated", "even",
         w13_tags={"shuffle_kind": "mxfp4_moe"},
-        config={"shuffle_kind": "mxfp4_moe"}, tuned=lambda found: found.pipeline is not None,
+        config={"shuffle_kind": "mxfp4_moe"}, other_kernel=_untuned(lambda found: found.pipeline is not None),
     ),
     Version(
         "#3470, is_guinterleave", "39e2ed7e8a", lambda p: "is_guinterleave" in p.config,
         LAYOUTS["mxfp4_moe"], "separated", "even",
         w13_tags={"is_guinterleave": True},
-        config={"is_guinterleave": True}, tuned=lambda found: found.pipeline is not None,
+        config={"is_guinterleave": True}, other_kernel=_untuned(lambda found: found.pipeline is not None),
     ),
     Version(
         "#3470", "d6ede4548e, as merged", lambda p: p.hip and p.has("mxfp4_moe_run"),
         LAYOUTS["mxfp4_moe"], "interleave", "even",
-        tuned=lambda found: bool(found.mxfp4_hip),
+        other_kernel=_untuned(lambda found: bool(found.mxfp4_hip)),
     ),
     Version(
         "#3827", "05567f6668", lambda p: p.hip and p.has("_mxfp4_a4w4_stage1_fw"),
         LAYOUTS["mxfp4_moe"], "interleave", "even",
-        tuned=lambda found: bool(found.mxfp4_hip),
+        other_kernel=_untuned(lambda found: bool(found.mxfp4_hip)),
     ),
     Version(
         "#4542", "55f4bfeb5e", lambda p: p.has("_mxfp4_a4w4_stage1_fw") and "is_shuffled" in p.call,
         LAYOUTS["mxfp4_separated"], "separated", "round_up",
-        inter_real=True,
+        inter_real=True, other_kernel=_not_separated,
     ),
     Version(
         "#3832", "b2dd7703df, v0.1.16.post4, v0.1.18 and later", lambda p: p.has("_mxfp4_a4w4_stage1_fw"),
         LAYOUTS["mxfp4_separated"], "separated", "round_up",
-        inter_real=True,
+        inter_real=True, other_kernel=_not_separated,
     ),
     Version(
-        "before #3832", "v0.1.14 to v0.1.17",
-        lambda p: {"is_shuffled", "gate_mode"} <= p.config and "opus_weights_shuffled" not in p.config,
-        LAYOUTS["mxfp4_separated"], "separated", "even",
+        "before #3832", "v0.1.16, v0.1.17",
+        lambda p: {"is_shuffled", "gate_mode", "is_ep"} <= p.config and "opus_weights_shuffled" not in p.config,
+        LAYOUTS["mxfp4_separated"], "separated", "round_up",
+        other_kernel=_not_separated,
+    ),
+    Version(
+        "before #3832, without is_ep", "v0.1.14, v0.1.15",
+        lambda p: {"is_shuffled", "gate_mode"} <= p.config and not {"is_ep", "opus_weights_shuffled"} & p.config,
+        LAYOUTS["mxfp4_separated"], "separated", "amax4",
+        other_kernel=_not_separated,
     ),
 )  # fmt: skip
 
