@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
@@ -18,7 +19,8 @@ from shuffled_tensor.mxfp4 import PARTS, SCALES
 from shuffled_tensor.tensor.checks import check_logical_dtype
 from shuffled_tensor.tensor.geometry import Window
 from shuffled_tensor.tensor.refused import refuse
-from shuffled_tensor.tensor.storage import PackedStorage, locked
+from shuffled_tensor.tensor.storage import PackedStorage, is_real, locked
+from shuffled_tensor.tensor.values import Values
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 aten = torch.ops.aten
@@ -38,7 +40,13 @@ beside = partial(implements, group="Plain tensors beside it, and facts about it"
 def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     """Another tensor over the same bytes."""
     out = self._view()
-    out.__dict__.update(self._carried)
+    # Module.to, and all else that goes through Module._apply, swaps nn.Parameter(converted), which detaches, into the
+    # Parameter: a plain one would have kept its weight_loader.
+    caller = sys._getframe(2)  # beyond __torch_dispatch__
+    applying = caller.f_back
+    if applying and (caller.f_code, applying.f_code) == (nn.Parameter.__new__.__code__, nn.Module._apply.__code__):
+        kept = vars(applying.f_locals["param"])
+        vars(out).update({name: value for name, value in kept.items() if name != "_is_param"})
     return out
 
 
@@ -150,11 +158,7 @@ def to_copy(
     """A copy in the same layout, on another device or of another logical dtype; the codes stay."""
     # `ignored`: layout, pin_memory and memory_format, which the `to` of a strided tensor fills with their defaults
     check_logical_dtype(dtype or self.dtype)
-    out = _map_bytes(self, lambda data: data.to(device or data.device, non_blocking=non_blocking, copy=True), dtype)
-    # Module.to swaps in nn.Parameter(copy). A plain Parameter would have kept its weight_loader, so the detach inside
-    # nn.Parameter hands it on.
-    out._carried = {name: value for name, value in self.__dict__.items() if name != "_is_param"}
-    return out
+    return _map_bytes(self, lambda data: data.to(device or data.device, non_blocking=non_blocking, copy=True), dtype)
 
 
 @copies(aten.index.Tensor)
@@ -221,7 +225,10 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         raise ValueError(f"copy_ takes values of shape {list(self.shape)}, found shape {list(source.shape)}")
     _check_source(self, source)
     storage, window = self._storage, self._window
-    if isinstance(source, ShuffledMXFP4Tensor):
+    if isinstance(source, ShuffledMXFP4Tensor) and source.is_new_state_of(self):
+        for own, other in zip(map(self.bytes_around, PARTS), map(source.bytes_around, PARTS), strict=True):
+            own.copy_(other)
+    elif isinstance(source, ShuffledMXFP4Tensor):
         if source._storage is storage:
             if source._window == window:
                 return self
@@ -251,6 +258,8 @@ def foreach_copy_(tensors: list[Tensor], sources: list[Tensor], non_blocking: bo
 def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
     """Experts written over others, weight and scale together, in any layout."""
     _check_experts(self, dim, "index_copy_")
+    if not is_real(index):
+        return _index_copy_traced(self, index, source)
     chosen = [range(len(self))[expert] for expert in index.tolist()]  # counts from the end, and raises IndexError
     if len(set(chosen)) != len(chosen) or source.shape != (len(chosen), *self.shape[1:]):
         raise ValueError(
@@ -266,6 +275,25 @@ def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tens
     return self
 
 
+def _index_copy_traced(self: ShuffledMXFP4Tensor, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
+    """In a graph, where nobody knows yet which experts: all of their bytes, with what is not written as it was."""
+    self.check_has_values(index)
+    if source.shape != (len(index), *self.shape[1:]):
+        raise ValueError(
+            f"index_copy_ takes values of shape {[len(index), *self.shape[1:]]} for {len(index)} experts, found shape "
+            f"{list(source.shape)}"
+        )
+    _, rows, columns = self._storage.whole()
+    around = self._view(rows=rows, columns=columns)
+    index = torch.where(index < 0, index + len(self), index)
+    new = index_select(around, 0, index)
+    copy_(new._view(rows=self._window.rows, columns=self._window.columns), source)
+    with self._storage.writing():
+        for own, data in zip(_bytes_of(around), _bytes_of(new), strict=True):
+            own.index_copy_(0, index, data)
+    return self
+
+
 @writes(aten.index_put_.default)
 def index_put_(
     self: ShuffledMXFP4Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
@@ -275,6 +303,11 @@ def index_put_(
     if accumulate:
         raise NotImplementedError("MXFP4 codes are not accumulated into; .dequantize(), add, and copy_ back")
     if picked.dtype in (torch.bool, torch.uint8):  # torch takes either for a mask
+        if not is_real(picked):
+            raise NotImplementedError(
+                "how many experts a mask picks is not known while a function is compiled; write w[ids] = values there, "
+                "with the numbers of the experts"
+            )
         if len(picked) != len(self):
             raise IndexError(f"a mask over {len(self)} experts must have as many elements, found {len(picked)}")
         picked = picked.nonzero().flatten()
@@ -309,11 +342,17 @@ def zero_(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
 
 
 def _on_values(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Computed on a plain copy of the values; writing to the result changes nothing here."""
+    """Computed on a plain copy of the values."""
     # Outside inference mode, because what a view operator returns must be able to have the version counter of its base.
     # Autograd is above, not here.
     with torch.inference_mode(False), torch.no_grad():
         return operator(*tree_map_only(ShuffledMXFP4Tensor, ShuffledMXFP4Tensor.dequantize, args), **kwargs)
+
+
+def _rearranged(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
+    """A plain copy of the values, which refuses to be written: that would change nothing here."""
+    values: Tensor = _on_values(operator, *args, **kwargs)
+    return values.as_subclass(Values) if is_real(values) else values
 
 
 for _operator in (
@@ -328,6 +367,10 @@ for _operator in (
     aten.baddbmm.default,
     aten.mv.default,
     aten.addmv.default,
+):
+    reads(_operator)(partial(_on_values, _operator))
+
+for _operator in (
     # what linear and matmul ask of a weight on their way to mm and bmm
     aten.t.default,
     aten.transpose.int,
@@ -336,7 +379,7 @@ for _operator in (
     aten.mT.default,
     aten.expand.default,
 ):
-    reads(_operator)(partial(_on_values, _operator))
+    reads(_operator)(partial(_rearranged, _operator))
 
 
 # --- plain tensors made beside ours, and facts about it
