@@ -177,10 +177,10 @@ def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> Shuffled
 
 @copies(aten.cat.default)
 def cat(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
-    """Experts of several tensors behind each other, in the layout of the first; formats and shapes are checked."""
-    first = _first_of(tensors)
-    _check_experts(first, dim, "cat")
-    return _joined(first, tensors)
+    """Experts, rows or columns of several tensors behind each other, in the layout of the first; formats and shapes are
+    checked. Rows are gate and up rows where they are both halves of gate-up weights, all gate rows first."""
+    first = _first_of(tensors, dim)
+    return _joined(first, tensors) if _axis(first, dim) == "experts" else _joined_inside(first, tensors, dim)
 
 
 @copies(aten.stack.default)
@@ -466,7 +466,8 @@ def _same_bytes(self: ShuffledMXFP4Tensor, other: ShuffledMXFP4Tensor) -> bool:
     return whole and (own.layout, own.geometry) == (others.layout, others.geometry)
 
 
-def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
+def _first_of(tensors: list[Tensor], dim: int | None = None) -> ShuffledMXFP4Tensor:
+    """The first of tensors that may be joined: along a dimension that they have, or one that is new."""
     first = tensors[0]
     for tensor in tensors:
         if not isinstance(tensor, ShuffledMXFP4Tensor) or not isinstance(first, ShuffledMXFP4Tensor):
@@ -475,11 +476,20 @@ def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
                 f"experts are joined with experts in MXFP4, found a plain tensor of {plain.dtype}; "
                 "quantise it with ShuffledMXFP4Tensor.from_hp"
             )
-        formats = [(t.dim(), tuple(t.shape[-2:]), t.gate_up, t.dtype) for t in (first, tensor)]
+        joined = None if dim is None else _axis(first, dim)
+        formats = [
+            (
+                t.dim(),
+                {axis: len(getattr(t._window, axis)) for axis in Window._fields[-t.dim() :] if axis != joined},
+                t.gate_up,
+                t.dtype,
+            )
+            for t in (first, tensor)
+        ]
         if formats[0] != formats[1]:
             raise ValueError(
-                "experts that are joined must agree in dimensions, N and K, gate_up and dtype, found "
-                f"{formats[0]} and {formats[1]}"
+                "weights that are joined must agree in dimensions, sizes beside the one along which they are, gate_up "
+                f"and dtype, found {formats[0]} and {formats[1]}"
             )
     assert isinstance(first, ShuffledMXFP4Tensor)
     return first
@@ -498,6 +508,42 @@ def _joined(first: ShuffledMXFP4Tensor, tensors: list[Any]) -> ShuffledMXFP4Tens
         qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
     storage = _materialized(first) if first.is_part_of_experts else first._storage
     return first._like(storage.with_bytes(qdata, scale))
+
+
+def _joined_inside(first: ShuffledMXFP4Tensor, tensors: list[Any], dim: int) -> ShuffledMXFP4Tensor:
+    """Rows, or columns, behind each other."""
+    gate_up = first.gate_up
+    if _axis(first, dim) == "rows":
+        if gate_up:
+            raise ValueError(
+                "rows of whole gate-up weights behind each other would be gate, up, gate, up; join the gate halves "
+                "w[:, : N // 2], then the up halves w[:, N // 2 :]"
+            )
+        gate_up = _are_both_halves(tensors)
+    with locked(*(tensor._storage for tensor in tensors)):
+        parts = zip(*(tensor._storage.read(tensor._window) for tensor in tensors), strict=True)
+        qdata, scale = (torch.cat(part, Window._fields.index(_axis(first, dim))) for part in parts)
+    own = PackedStorage.pack(qdata, scale, gate_up=gate_up, requested_layout=first._storage.requested_layout)
+    own.convert_layout_(first._storage.layout)
+    return first._like(own)
+
+
+def _are_both_halves(tensors: list[ShuffledMXFP4Tensor]) -> bool:
+    """Whether rows of gate-up weights are gate rows, then the up rows that belong to them, in the same order."""
+    found: dict[str, list[tuple[Any, int, int]]] = {"gate": [], "up": []}
+    for tensor in tensors:
+        storage, (experts, rows, columns) = tensor._storage, tensor._window
+        each = storage.geometry.rows // 2
+        for half, first in (("gate", 0), ("up", each)):
+            start, stop = max(rows.start, first) - first, min(rows.stop, first + each) - first
+            if start >= stop:
+                continue
+            if not storage.geometry.gate_up or (half == "gate" and found["up"]):
+                return False
+            of = storage, experts, columns
+            before = found[half].pop() if found[half] and found[half][-1][::2] == (of, start) else (of, start, start)
+            found[half].append((of, before[1], stop))
+    return found["gate"] == found["up"] != []
 
 
 def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> Tensor:
