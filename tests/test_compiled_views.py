@@ -149,20 +149,24 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
         ("eager", False, "mxfp4_moe"),
         ("aot_eager", False, "none"),
         ("aot_eager", True, "mxfp4_separated"),
-        ("inductor", False, "mxfp4_moe"),
+        ("inductor", False, "none"),
     ],
 )
 def test_writes(backend: str, gate_up: bool, kind: str, source: str) -> None:
-    """All in one graph, each in a weight of its own."""
+    """All in one graph, each in a weight of its own; for inductor some, because it takes its time."""
+    writes = {
+        name: WRITES[name]
+        for name in (["w[1:, :64] =", "w[ids] =", "then a view"] if backend == "inductor" else WRITES)
+    }
     packed = weight(gate_up, "none", salt=5)
     new = packed if source == "packed" else packed.dequantize()
-    given = {name: weight(gate_up, kind) for name in WRITES}
+    given = {name: weight(gate_up, kind) for name in writes}
     dense = {name: w.dequantize() for name, w in given.items()}
-    for name, write in WRITES.items():
+    for name, write in writes.items():
         write(dense[name], packed.dequantize())
 
     def write_all(weights: dict[str, Tensor], new: Tensor) -> dict[str, Any]:
-        return {name: write(weights[name], new) for name, write in WRITES.items()}
+        return {name: write(weights[name], new) for name, write in writes.items()}
 
     with torch.no_grad():
         view = torch.compile(write_all, fullgraph=True, backend=backend)(given, new)["then a view"]

@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "part of a block": (lambda w: w[..., 5:], "multiples of 32"),
     "steps": (lambda w: w[:, ::2], "without steps"),
     "cat of plain": (lambda w: torch.cat([w, NEW]), "from_hp"),
-    "cat along rows": (lambda w: torch.cat([w, w], 1), "it goes along experts"),
+    "cat along rows": (lambda w: torch.cat([w, w], 1), "would be gate, up, gate, up; join the gate halves"),
     "to int8": (lambda w: w.to(torch.int8), "logical dtype must be"),
     "to sparse": (lambda w: w.to_sparse(), "dequantize"),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall, PackedWeight, check, check_names, pack, schema, to_operator, unpack
 from shuffled_tensor.tensor import policy
+from shuffled_tensor.tensor.checks import check_plain
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -81,6 +82,9 @@ def _signed_as(call: Callable[_P, MoECall[Any]]) -> Callable[[Callable[..., Tens
     return sign
 
 
+_TENSORS = ("hidden_states", "w13", "w2", "topk_weight", "topk_ids")
+
+
 @_signed_as(MoECall)
 def fused_moe(
     hidden_states: Tensor, w13: Tensor, w2: Tensor, topk_weight: Tensor, topk_ids: Tensor, **options: Any
@@ -99,6 +103,9 @@ def fused_moe(
             and what is accepted.
     """
     check_names(options)
+    for name, value in zip(_TENSORS, (hidden_states, w13, w2, topk_weight, topk_ids), strict=True):
+        if not isinstance(value, ShuffledMXFP4Tensor):
+            check_plain(name, value)
     given = {name: to_operator(name, value) for name, value in options.items()}
     return torch.ops.shuffled_tensor.fused_moe.default(  # type: ignore[no-any-return]
         hidden_states, w13, w2, topk_weight, topk_ids, **given

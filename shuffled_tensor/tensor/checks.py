@@ -7,15 +7,24 @@ from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.mxfp4 import CODES, SCALES
 from shuffled_tensor.tensor.geometry import RowOrder
 
-__all__ = ["check_logical_dtype", "check_parts", "check_row_order"]
+__all__ = ["check_logical_dtype", "check_parts", "check_plain", "check_row_order"]
 
 _LOGICAL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROW_ORDERS = get_args(RowOrder)
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor of another library that wraps others, whose operations do not know ours."""
+    if is_traceable_wrapper_subclass(tensor):
+        found = type(tensor).__name__
+        remedy = "its .to_local(), this rank's shard, or .full_tensor()" if found == "DTensor" else "a plain tensor"
+        raise TypeError(f"{name} is a {found} of shape {list(tensor.shape)}, whose parts are not seen; pass {remedy}")
 
 
 def check_parts(qdata: Tensor, scale: Tensor) -> None:
@@ -23,6 +32,7 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
         (CODES, qdata, "; quantise float weights with ShuffledMXFP4Tensor.from_hp" * qdata.is_floating_point()),
         (SCALES, scale, "; e8m0 scales are exponent bytes, not factors"),
     ):
+        check_plain(part.name, data)
         if data.dtype not in part.dtypes:
             raise TypeError(f"{part} must be {' or '.join(map(str, part.dtypes))}, found {data.dtype}{remedy}")
     if qdata.dim() not in (2, 3):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.mxfp4 import PARTS, SCALES
-from shuffled_tensor.tensor.checks import check_logical_dtype
+from shuffled_tensor.tensor.checks import check_logical_dtype, check_plain
 from shuffled_tensor.tensor.geometry import Window
 from shuffled_tensor.tensor.refused import refuse
 from shuffled_tensor.tensor.storage import PackedStorage, is_real, locked
@@ -72,7 +72,8 @@ def _reshaped(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args:
     if size != list(self.shape) and not (len(self._window.experts) == 1 and size in (one, [1, *one])):
         raise NotImplementedError(
             f"a ShuffledMXFP4Tensor of shape {list(self.shape)} cannot be viewed as {size}: its shape is "
-            "[experts, N, K]; call .dequantize()"
+            "[experts, N, K]; call .dequantize(), or, where DistributedDataParallel flattens what it sends, leave the "
+            "weight out: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)"
         )
     return self._view(rank=len(size))
 
@@ -320,6 +321,8 @@ def index_put_(
 @writes(aten.fill_.Scalar, aten.fill_.Tensor)
 def fill_(self: ShuffledMXFP4Tensor, value: float | Tensor) -> ShuffledMXFP4Tensor:
     """One value everywhere, quantised."""
+    if isinstance(value, Tensor):
+        check_plain("value", value)
     scalar = torch.empty((), dtype=self.dtype, device=self.device).fill_(value)
     return copy_(self, scalar.expand(self.shape))  # type: ignore[return-value]
 
@@ -421,7 +424,10 @@ def _check_source(self: ShuffledMXFP4Tensor, source: Tensor) -> None:
     """Raise for values that cannot be written, before anything is: an exception on the way leaves a weight unusable."""
     if isinstance(source, ShuffledMXFP4Tensor):
         source._storage.check_readable()
-    elif not source.is_floating_point() or source.element_size() == 1:
+        self.check_has_values(source)
+        return
+    check_plain("source", source)
+    if not source.is_floating_point() or source.element_size() == 1:
         raise TypeError(
             f"copy_ takes a ShuffledMXFP4Tensor or floating-point values, found {source.dtype}; packed bytes are "
             "written through .qdata_view and .scale_view, or become a ShuffledMXFP4Tensor(qdata, scale, "

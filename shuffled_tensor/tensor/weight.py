@@ -17,7 +17,7 @@ from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout, layou
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
-from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_row_order
+from shuffled_tensor.tensor.checks import check_logical_dtype, check_parts, check_plain, check_row_order
 from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, slice_of
 from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.policy import KernelOperands
@@ -134,6 +134,7 @@ class ShuffledMXFP4Tensor(Wrapper):
             ValueError: as for the constructor, or an unknown rule.
         """
         check_logical_dtype(weight.dtype)
+        check_plain("weight", weight)
         if weight.dim() not in (2, 3):
             raise ValueError(f"weight must be [experts, N, K] or [N, K], found shape {list(weight.shape)}")
         mxfp4.check_quantizable(weight, scale_rule)
@@ -242,6 +243,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         """
         if isinstance(weight, ShuffledMXFP4Tensor):
             raise TypeError("refit_from_hp_ quantises, and this weight is quantised already; copy_ takes it as it is")
+        check_plain("weight", weight)
         if weight.shape != self.shape:
             raise ValueError(f"refit_from_hp_ takes values of shape {list(self.shape)}, found {list(weight.shape)}")
         mxfp4.check_quantizable(weight, scale_rule)
