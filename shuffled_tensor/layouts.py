@@ -166,7 +166,7 @@ class Order:
         flat = (source if inverse else target).view(tiled.shape)
         read, written = (flat, tiled) if inverse else (tiled, flat)
         short: list[range] = []  # the innermost axes, where they are few bytes together
-        if source.device.type == "cpu":
+        if source.device.type == "cpu" and is_real(source):  # a compiler makes loops of its own
             nbytes = source.element_size()
             for size in reversed(tiled.shape[-len(memory) :]):
                 nbytes *= size

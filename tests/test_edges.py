@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -174,6 +176,50 @@ def test_what_engines_do_with_the_dict_of_a_parameter_moves_no_state() -> None:
         torch.empty(1).as_subclass(nn.Parameter).__class__ = ShuffledMXFP4Tensor
     for view in (weight.qdata_view, weight[:, :48]):
         assert set(vars(view)) <= {"_is_param"}
+
+
+def test_a_reload_by_way_of_meta_tensors_is_loud() -> None:
+    """As vLLM does it: a meta tensor keeps class and attributes, and then memory is made for it."""
+    weight = nn.Parameter(weight_of(marked_parts(*SMALL), "mxfp4_moe"))
+    weight.weight_loader = "a loader"
+    meta = weight.data.to("meta")
+    meta.__class__ = weight.__class__
+    meta.__dict__ = weight.__dict__.copy()
+    assert meta.is_meta
+    assert meta.weight_loader == "a loader"
+    made = torch.empty_strided(size=tuple(meta.size()), stride=tuple(meta.stride()), dtype=meta.dtype)
+    with pytest.raises(TypeError, match="object layout differs"):
+        made.__class__ = meta.__class__
+    assert_holds(weight, marked_parts(*SMALL), "mxfp4_moe")
+
+
+IN_PLAIN_TENSORS = """
+import sys, torch
+from shuffled_tensor import ShuffledMXFP4Tensor
+weight = ShuffledMXFP4Tensor.from_hp(torch.ones(2, 64, 64), gate_up=False)
+plain = torch.nn.Parameter(torch.zeros(2, 64, 64), requires_grad=False)
+plain.data = weight
+for call in (
+    lambda: plain.zero_(),
+    lambda: plain.data.copy_(torch.ones(2, 64, 64)),
+    lambda: plain.data_ptr(),
+    lambda: plain.numpy(),
+    lambda: torch.utils.dlpack.to_dlpack(weight),
+    lambda: torch.empty(0).set_(weight.untyped_storage(), 0, (4,)).zero_(),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "Cannot access data pointer" in str(error), error
+    else:
+        raise AssertionError
+assert weight.dequantize().eq(1).all()
+"""
+
+
+def test_writes_to_its_memory_in_a_plain_tensor_raise() -> None:
+    run = subprocess.run([sys.executable, "-c", IN_PLAIN_TENSORS], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -59,7 +59,7 @@ def copied_as_a_list(weight: Tensor) -> Tensor:
 READ: dict[str, Callable[[Tensor], Any]] = {
     "numel": lambda w: (w.numel(), w.nelement(), w.ndim, w.dim(), len(w)),
     "sizes": lambda w: (w.size(), w.size(-1), w.shape, w.stride(), w.is_contiguous(), w.storage_offset()),
-    "bytes of the values": lambda w: (w.element_size(), w.itemsize, w.nbytes),
+    "size of a value": lambda w: (w.element_size(), w.itemsize),
     "kind of tensor": lambda w: (w.dtype, w.device, w.layout, w.is_sparse, w.is_quantized, w.is_meta, w.is_cuda),
     "kind of values": lambda w: (w.is_floating_point(), w.is_complex(), w.is_conj(), w.is_neg(), w.type()),
     "autograd": lambda w: (w.requires_grad, w.is_leaf, w.grad, w.grad_fn),
@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "part of a block": (lambda w: w[..., 5:], "multiples of 32"),
     "steps": (lambda w: w[:, ::2], "without steps"),
     "cat of plain": (lambda w: torch.cat([w, NEW]), "from_hp"),
-    "cat along rows": (lambda w: torch.cat([w, w], 1), "it goes along experts"),
+    "cat along rows": (lambda w: torch.cat([w, w], 1), "would be gate, up, gate, up; join the gate halves"),
     "to int8": (lambda w: w.to(torch.int8), "logical dtype must be"),
     "to sparse": (lambda w: w.to_sparse(), "dequantize"),
 }  # fmt: skip

@@ -14,13 +14,13 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_ori
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import Layout, find_layout
 from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor.base import StorageTensor
+from shuffled_tensor.tensor.checks import check_plain
 from shuffled_tensor.tensor.geometry import Geometry
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -208,13 +208,12 @@ def check_types(given: Iterable[tuple[str, Any]]) -> None:
 
 
 def _check_tensor(name: str, value: Any, *, weight: bool) -> None:
-    wanted = "a ShuffledMXFP4Tensor" if weight else "a plain tensor"
-    if not isinstance(value, Tensor):
+    if weight and isinstance(value, ShuffledMXFP4Tensor):
+        return
+    if not isinstance(value, Tensor) or isinstance(value, StorageTensor):
+        wanted = "a ShuffledMXFP4Tensor" if weight else "a plain tensor"
         raise TypeError(f"{name} must be {wanted}, found {type(value).__name__}")
-    ours = isinstance(value, ShuffledMXFP4Tensor)
-    if (is_traceable_wrapper_subclass(value) or isinstance(value, StorageTensor)) and not (weight and ours):
-        how = "; pass its .to_local()" if hasattr(value, "to_local") else ""  # a DTensor
-        raise TypeError(f"{name} must be {wanted}, found {type(value).__name__}{how}")
+    check_plain(name, value)
 
 
 def to_operator(name: str, value: Any) -> Any:

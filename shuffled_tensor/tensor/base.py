@@ -68,6 +68,7 @@ class StorageTensor(Tensor):
             self = torch.Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dtype, device=storage.device, requires_grad=False
             )
+        torch._C._set_throw_on_mutable_data_ptr(self)  # where its empty memory got into a plain tensor: not a crash
         self._storage, self._window = storage, window
         storage.own()
         return self

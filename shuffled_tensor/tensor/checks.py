@@ -9,15 +9,31 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shuffled_tensor import mxfp4, owners
 from shuffled_tensor.layouts import check_gate_up
 from shuffled_tensor.mxfp4 import CODES, SCALES, check_tensor
 from shuffled_tensor.tensor.geometry import RowOrder
 
-__all__ = ["check_high_precision", "check_logical_dtype", "check_parts", "check_row_order", "whole_numbers"]
+__all__ = [
+    "check_high_precision",
+    "check_logical_dtype",
+    "check_parts",
+    "check_plain",
+    "check_row_order",
+    "whole_numbers",
+]
 
 _ROW_ORDERS = get_args(RowOrder)
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor of another library that wraps others, whose operations do not know ours."""
+    if is_traceable_wrapper_subclass(tensor):
+        found = type(tensor).__name__
+        remedy = "its .to_local(), this rank's shard, or .full_tensor()" if found == "DTensor" else "a plain tensor"
+        raise TypeError(f"{name} is a {found} of shape {list(tensor.shape)}, whose parts are not seen; pass {remedy}")
 
 
 def check_parts(qdata: Tensor, scale: Tensor) -> None:
@@ -27,6 +43,7 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
         (CODES, qdata, "; quantise float weights with ShuffledMXFP4Tensor.from_hp" * qdata.is_floating_point()),
         (SCALES, scale, "; e8m0 scales are exponent bytes, not factors"),
     ):
+        check_plain(part.name, data)
         if data.dtype not in part.dtypes:
             raise TypeError(f"{part} must be {' or '.join(map(str, part.dtypes))}, found {data.dtype}{remedy}")
     if qdata.dim() not in (2, 3):
@@ -57,6 +74,7 @@ def check_parts(qdata: Tensor, scale: Tensor) -> None:
 def check_high_precision(weight: Tensor) -> None:
     """Raise for what :meth:`ShuffledMXFP4Tensor.from_hp` cannot take."""
     check_tensor("weight", weight)
+    check_plain("weight", weight)
     check_logical_dtype(weight.dtype)
     if weight.dim() not in (2, 3):
         raise ValueError(f"weight must be [experts, N, K] or [N, K], found shape {list(weight.shape)}")

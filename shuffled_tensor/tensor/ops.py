@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.mxfp4 import PARTS, SCALES
-from shuffled_tensor.tensor.checks import check_logical_dtype, whole_numbers
+from shuffled_tensor.owners import is_real
+from shuffled_tensor.tensor.checks import check_logical_dtype, check_plain, whole_numbers
 from shuffled_tensor.tensor.geometry import Window
 from shuffled_tensor.tensor.refused import refuse
 from shuffled_tensor.tensor.storage import PackedStorage, locked
+from shuffled_tensor.tensor.values import Values
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 aten = torch.ops.aten
@@ -38,7 +41,13 @@ beside = partial(implements, group="Plain tensors beside it, and facts about it"
 def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     """Another tensor over the same bytes."""
     out = self._view()
-    out.__dict__.update(self._carried)
+    # Module.to, and all else that goes through Module._apply, swaps nn.Parameter(converted), which detaches, into the
+    # Parameter: a plain one would have kept its weight_loader.
+    caller = sys._getframe(2)  # beyond __torch_dispatch__
+    applying = caller.f_back
+    if applying and (caller.f_code, applying.f_code) == (nn.Parameter.__new__.__code__, nn.Module._apply.__code__):
+        kept = vars(applying.f_locals["param"])
+        vars(out).update({name: value for name, value in kept.items() if name != "_is_param"})
     return out
 
 
@@ -64,7 +73,8 @@ def _reshaped(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args:
     if size != list(self.shape) and not (len(self._window.experts) == 1 and size in (one, [1, *one])):
         raise NotImplementedError(
             f"a ShuffledMXFP4Tensor of shape {list(self.shape)} cannot be viewed as {size}: its shape is "
-            "[experts, N, K]; call .dequantize()"
+            "[experts, N, K]; call .dequantize(), or, where DistributedDataParallel flattens what it sends, leave the "
+            "weight out: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)"
         )
     return self._view(rank=len(size))
 
@@ -159,11 +169,7 @@ def to_copy(
     """A copy in the same layout, on another device or of another logical dtype; the codes stay."""
     # `ignored`: layout, pin_memory and memory_format, which the `to` of a strided tensor fills with their defaults
     check_logical_dtype(dtype or self.dtype)
-    out = _map_bytes(self, lambda data: data.to(device or data.device, non_blocking=non_blocking, copy=True), dtype)
-    # Module.to swaps in nn.Parameter(copy). A plain Parameter would have kept its weight_loader, so the detach inside
-    # nn.Parameter hands it on.
-    out._carried = {name: value for name, value in self.__dict__.items() if name != "_is_param"}
-    return out
+    return _map_bytes(self, lambda data: data.to(device or data.device, non_blocking=non_blocking, copy=True), dtype)
 
 
 @copies(aten.index.Tensor)
@@ -182,10 +188,10 @@ def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> Shuffled
 
 @copies(aten.cat.default)
 def cat(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
-    """Experts of several tensors behind each other, in the layout of the first; formats and shapes are checked."""
-    first = _first_of(tensors)
-    _check_experts(first, dim, "cat")
-    return _joined(first, tensors)
+    """Experts, rows or columns of several tensors behind each other, in the layout of the first; formats and shapes are
+    checked. Rows are gate and up rows where they are both halves of gate-up weights, all gate rows first."""
+    first = _first_of(tensors, dim)
+    return _joined(first, tensors) if _axis(first, dim) == "experts" else _joined_inside(first, tensors, dim)
 
 
 @copies(aten.stack.default)
@@ -237,7 +243,11 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             source = source.clone()  # they may overlap
             assert isinstance(source, ShuffledMXFP4Tensor)  # for the type checker
         with locked(source._storage, storage), source._storage.held(), self.writing():
-            if _same_bytes(self, source):
+            if source.is_new_state_of(self):
+                storage.touch()
+                for own, other in zip(map(self.bytes_around, PARTS), map(source.bytes_around, PARTS), strict=True):
+                    own.copy_(other)
+            elif _same_bytes(self, source):
                 storage.touch()
                 for own, other in zip(_bytes_of(self), _bytes_of(source), strict=True):
                     own.copy_(other, non_blocking)
@@ -261,6 +271,8 @@ def foreach_copy_(tensors: list[Tensor], sources: list[Tensor], non_blocking: bo
 def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
     """Experts written over others, weight and scale together, in any layout."""
     _check_experts(self, dim, "index_copy_")
+    if not is_real(index):
+        return _index_copy_traced(self, index, source)
     experts = whole_numbers("the experts of index_copy_", index)
     chosen = [range(len(self))[expert] for expert in experts]  # counts from the end, and raises IndexError
     if len(set(chosen)) != len(chosen) or source.shape != (len(chosen), *self.shape[1:]):
@@ -279,6 +291,25 @@ def index_copy_(self: ShuffledMXFP4Tensor, dim: int, index: Tensor, source: Tens
     return self
 
 
+def _index_copy_traced(self: ShuffledMXFP4Tensor, index: Tensor, source: Tensor) -> ShuffledMXFP4Tensor:
+    """In a graph, where nobody knows yet which experts: all of their bytes, with what is not written as it was."""
+    self.check_has_values(index)
+    if source.shape != (len(index), *self.shape[1:]):
+        raise ValueError(
+            f"index_copy_ takes values of shape {[len(index), *self.shape[1:]]} for {len(index)} experts, found shape "
+            f"{list(source.shape)}"
+        )
+    _, rows, columns = self._storage.whole()
+    around = self._view(rows=rows, columns=columns)
+    index = torch.where(index < 0, index + len(self), index)
+    new = index_select(around, 0, index)
+    copy_(new._view(rows=self._window.rows, columns=self._window.columns), source)
+    with self._storage.writing():
+        for own, data in zip(_bytes_of(around), _bytes_of(new), strict=True):
+            own.index_copy_(0, index, data)
+    return self
+
+
 @writes(aten.index_put_.default)
 def index_put_(
     self: ShuffledMXFP4Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
@@ -288,6 +319,11 @@ def index_put_(
     if accumulate:
         raise NotImplementedError("MXFP4 codes are not accumulated into; .dequantize(), add, and copy_ back")
     if picked.dtype in (torch.bool, torch.uint8):  # torch takes either for a mask
+        if not is_real(picked):
+            raise NotImplementedError(
+                "how many experts a mask picks is not known while a function is compiled; write w[ids] = values there, "
+                "with the numbers of the experts"
+            )
         if len(picked) != len(self):
             raise IndexError(f"a mask over {len(self)} experts must have as many elements, found {len(picked)}")
         picked = picked.nonzero().flatten()
@@ -300,6 +336,8 @@ def index_put_(
 @writes(aten.fill_.Scalar, aten.fill_.Tensor)
 def fill_(self: ShuffledMXFP4Tensor, value: float | Tensor) -> ShuffledMXFP4Tensor:
     """One value everywhere, quantised."""
+    if isinstance(value, Tensor):
+        check_plain("value", value)
     scalar = torch.empty((), dtype=self.dtype, device=self.device).fill_(value)
     return copy_(self, scalar.expand(self.shape))  # type: ignore[return-value]
 
@@ -322,11 +360,17 @@ def zero_(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
 
 
 def _on_values(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Computed on a plain copy of the values; writing to the result changes nothing here."""
+    """Computed on a plain copy of the values."""
     # Outside inference mode, because what a view operator returns must be able to have the version counter of its base.
     # Autograd is above, not here.
     with torch.inference_mode(False), torch.no_grad():
         return operator(*tree_map_only(ShuffledMXFP4Tensor, ShuffledMXFP4Tensor.dequantize, args), **kwargs)
+
+
+def _rearranged(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
+    """A plain copy of the values, which refuses to be written: that would change nothing here."""
+    values: Tensor = _on_values(operator, *args, **kwargs)
+    return values.as_subclass(Values) if is_real(values) else values
 
 
 for _operator in (
@@ -341,6 +385,10 @@ for _operator in (
     aten.baddbmm.default,
     aten.mv.default,
     aten.addmv.default,
+):
+    reads(_operator)(partial(_on_values, _operator))
+
+for _operator in (
     # what linear and matmul ask of a weight on their way to mm and bmm
     aten.t.default,
     aten.transpose.int,
@@ -349,7 +397,7 @@ for _operator in (
     aten.mT.default,
     aten.expand.default,
 ):
-    reads(_operator)(partial(_on_values, _operator))
+    reads(_operator)(partial(_rearranged, _operator))
 
 
 # --- plain tensors made beside ours, and facts about it
@@ -391,7 +439,10 @@ def _check_source(self: ShuffledMXFP4Tensor, source: Tensor) -> None:
     """Raise for values that cannot be written, before anything is: an exception on the way leaves a weight unusable."""
     if isinstance(source, ShuffledMXFP4Tensor):
         source._storage.check_readable()
-    elif not source.is_floating_point() or source.element_size() == 1:
+        self.check_has_values(source)
+        return
+    check_plain("source", source)
+    if not source.is_floating_point() or source.element_size() == 1:
         raise TypeError(
             f"copy_ takes a ShuffledMXFP4Tensor or floating-point values, found {source.dtype}; packed bytes are "
             "written through .qdata_view and .scale_view, or become a ShuffledMXFP4Tensor(qdata, scale, "
@@ -436,7 +487,8 @@ def _same_bytes(self: ShuffledMXFP4Tensor, other: ShuffledMXFP4Tensor) -> bool:
     return whole and (own.layout, own.geometry) == (others.layout, others.geometry)
 
 
-def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
+def _first_of(tensors: list[Tensor], dim: int | None = None) -> ShuffledMXFP4Tensor:
+    """The first of tensors that may be joined: along a dimension that they have, or one that is new."""
     first = tensors[0]
     for tensor in tensors:
         if not isinstance(tensor, ShuffledMXFP4Tensor) or not isinstance(first, ShuffledMXFP4Tensor):
@@ -445,11 +497,20 @@ def _first_of(tensors: list[Tensor]) -> ShuffledMXFP4Tensor:
                 f"experts are joined with experts in MXFP4, found a plain tensor of {plain.dtype}; "
                 "quantise it with ShuffledMXFP4Tensor.from_hp"
             )
-        formats = [(t.dim(), tuple(t.shape[-2:]), t.gate_up, t.dtype) for t in (first, tensor)]
+        joined = None if dim is None else _axis(first, dim)
+        formats = [
+            (
+                t.dim(),
+                {axis: len(getattr(t._window, axis)) for axis in Window._fields[-t.dim() :] if axis != joined},
+                t.gate_up,
+                t.dtype,
+            )
+            for t in (first, tensor)
+        ]
         if formats[0] != formats[1]:
             raise ValueError(
-                "experts that are joined must agree in dimensions, N and K, gate_up and dtype, found "
-                f"{formats[0]} and {formats[1]}"
+                "weights that are joined must agree in dimensions, sizes beside the one along which they are, gate_up "
+                f"and dtype, found {formats[0]} and {formats[1]}"
             )
     assert isinstance(first, ShuffledMXFP4Tensor)
     return first
@@ -468,6 +529,42 @@ def _joined(first: ShuffledMXFP4Tensor, tensors: list[Any]) -> ShuffledMXFP4Tens
         qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
     storage = _materialized(first) if first.is_part_of_experts else first._storage
     return first._like(storage.with_bytes(qdata, scale))
+
+
+def _joined_inside(first: ShuffledMXFP4Tensor, tensors: list[Any], dim: int) -> ShuffledMXFP4Tensor:
+    """Rows, or columns, behind each other."""
+    gate_up = first.gate_up
+    if _axis(first, dim) == "rows":
+        if gate_up:
+            raise ValueError(
+                "rows of whole gate-up weights behind each other would be gate, up, gate, up; join the gate halves "
+                "w[:, : N // 2], then the up halves w[:, N // 2 :]"
+            )
+        gate_up = _are_both_halves(tensors)
+    with locked(*(tensor._storage for tensor in tensors)):
+        parts = zip(*(tensor._storage.read(tensor._window) for tensor in tensors), strict=True)
+        qdata, scale = (torch.cat(part, Window._fields.index(_axis(first, dim))) for part in parts)
+    own = PackedStorage.pack(qdata, scale, gate_up=gate_up, requested_layout=first._storage.requested_layout)
+    own.convert_layout_(first._storage.layout)
+    return first._like(own)
+
+
+def _are_both_halves(tensors: list[ShuffledMXFP4Tensor]) -> bool:
+    """Whether rows of gate-up weights are gate rows, then the up rows that belong to them, in the same order."""
+    found: dict[str, list[tuple[Any, int, int]]] = {"gate": [], "up": []}
+    for tensor in tensors:
+        storage, (experts, rows, columns) = tensor._storage, tensor._window
+        each = storage.geometry.rows // 2
+        for half, first in (("gate", 0), ("up", each)):
+            start, stop = max(rows.start, first) - first, min(rows.stop, first + each) - first
+            if start >= stop:
+                continue
+            if not storage.geometry.gate_up or (half == "gate" and found["up"]):
+                return False
+            of = storage, experts, columns
+            before = found[half].pop() if found[half] and found[half][-1][::2] == (of, start) else (of, start, start)
+            found[half].append((of, before[1], stop))
+    return found["gate"] == found["up"] != []
 
 
 def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from shuffled_tensor import owners
 from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.tensor.base import Operations, StorageTensor
+from shuffled_tensor.tensor.checks import check_plain
 from shuffled_tensor.tensor.geometry import Window
 from shuffled_tensor.tensor.storage import PackedStorage
 
@@ -109,6 +110,7 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Writes packed bytes where they belong in the weight's layout, in place."""
     if isinstance(source, PartView):
         source = source.plain()
+    check_plain("source", source)
     if not isinstance(self, PartView):
         return self.copy_(source, non_blocking)
     if source.dtype not in self._part.dtypes:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from torch import Tensor
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
+from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
 from shuffled_tensor.tensor.checks import (
     check_high_precision,
     check_logical_dtype,
     check_parts,
+    check_plain,
     check_row_order,
     whole_numbers,
 )
@@ -30,6 +33,35 @@ from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.wrapper import Wrapper
 
 __all__ = ["ShuffledMXFP4Tensor"]
+
+
+_Constructor = TypeVar("_Constructor", bound=Callable[..., Any])
+
+
+def _or_made_again(constructor: _Constructor) -> _Constructor:
+    """Also take a weight alone, as loaders remake a parameter: ``type(parameter)(data, requires_grad=...,
+    **vars(parameter))``. What comes out is a Parameter over the same bytes, with these attributes."""
+
+    @functools.wraps(constructor)
+    def new(cls: type[ShuffledMXFP4Tensor], *args: Any, **named: Any) -> Any:
+        if len(args) != 1 or "scale" in named:
+            return constructor(cls, *args, **named)
+        if not isinstance(args[0], cls):
+            raise TypeError(
+                f"a ShuffledMXFP4Tensor is made of qdata and scale, found a {type(args[0]).__name__} alone; quantise "
+                "float weights with ShuffledMXFP4Tensor.from_hp"
+            )
+        fixed = sorted(named.keys() & {"gate_up", "row_order", "shuffle_kind", "dtype"})
+        if fixed:
+            raise TypeError(
+                f"a ShuffledMXFP4Tensor is taken as it is, so {', '.join(fixed)} cannot be given with it; .to(dtype) "
+                "and shuffle_(shuffle_kind) change it"
+            )
+        made = torch.nn.Parameter(args[0], requires_grad=False)
+        vars(made).update({name: value for name, value in named.items() if name != "requires_grad"})
+        return made
+
+    return new  # type: ignore[return-value]
 
 
 class ShuffledMXFP4Tensor(Wrapper):
@@ -64,6 +96,7 @@ class ShuffledMXFP4Tensor(Wrapper):
             weight whose bytes are not row-major.
     """
 
+    @_or_made_again
     def __new__(
         cls,
         qdata: Tensor,
@@ -214,6 +247,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         if isinstance(weight, ShuffledMXFP4Tensor):
             raise TypeError("refit_from_hp_ quantises, and this weight is quantised already; copy_ takes it as it is")
         mxfp4.check_tensor("weight", weight)
+        check_plain("weight", weight)
         if weight.shape != self.shape:
             raise ValueError(f"refit_from_hp_ takes values of shape {list(self.shape)}, found {list(weight.shape)}")
         mxfp4.check_quantizable(weight, scale_rule)
@@ -290,7 +324,10 @@ class ShuffledMXFP4Tensor(Wrapper):
         Raises:
             TypeError: ``order`` holds anything but whole numbers.
             ValueError: ``order`` is no permutation of the experts.
+            NotImplementedError: ``order`` is a tensor without values, as all are in a compiled function.
         """
+        if isinstance(order, Tensor) and not is_real(order):
+            raise NotImplementedError("permute_experts_ takes a list while a function is compiled: it checks the order")
         order = whole_numbers("order", order)
         if sorted(order) != list(range(self.shape[0])) or self.dim() != 3:
             raise ValueError(f"order must hold each of the {self.shape[0]} experts once, found {order}")

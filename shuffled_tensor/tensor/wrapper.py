@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
-from shuffled_tensor.mxfp4 import CODES, SCALES, Part
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import StorageTensor
-from shuffled_tensor.tensor.geometry import Window
+from shuffled_tensor.tensor.geometry import Window, slice_of
 from shuffled_tensor.tensor.storage import PackedStorage
 
 if TYPE_CHECKING:
@@ -29,14 +31,15 @@ __all__ = ["Wrapper"]
 class Wrapper(StorageTensor):
     """Codes and scales of a window as a tensor of its logical shape and dtype."""
 
-    __slots__ = ("_carried", "_index", "_views")
+    __slots__ = ("_index", "_traced", "_views")
 
     _index: int | slice | None
     """What takes this tensor's experts out of the storage's; None where it is all of the storage."""
     _views: dict[Part, tuple[Tensor, Tensor]]
     """Of some of the experts: the storage's codes and scales, and the part of them that is this tensor's."""
-    _carried: dict[str, Any]
-    """Attributes that users have set on the tensor that this one is a copy of, for the next alias."""
+    _traced: tuple[torch.Size, range] | None
+    """Of what a compiler has taken apart, and of its views: the shape of the former, and which of its experts these
+    are."""
 
     _remedy = "its bytes are packed codes in an order of their own: call .dequantize() for a plain tensor of its values"
 
@@ -44,7 +47,7 @@ class Wrapper(StorageTensor):
     def _wrap(cls, storage: PackedStorage, window: Window, rank: int, dtype: torch.dtype) -> Self:
         """A tensor over a window of a storage; rank 2 shows a single expert."""
         self = cls._over(storage, window, window.shape[-rank:], dtype)
-        self._views, self._carried = {}, {}
+        self._views, self._traced = {}, None
         experts = window.experts
         if rank == 2:
             self._index = experts[0]
@@ -52,11 +55,16 @@ class Wrapper(StorageTensor):
             self._index = None
         else:
             self._index = slice(experts.start, experts.stop, experts.step)
+        if self._index is not None and not is_real(storage.qdata):
+            # now, because a compiler takes tensors apart outside the modes in which its bytes can be viewed
+            self._views = {part: (storage.bytes_of(part), storage.bytes_of(part)[self._index]) for part in PARTS}
         return self
 
     def _view(self, rank: int | None = None, **window: range) -> Self:
         """A part of this tensor, over the same bytes."""
-        return self._wrap(self._storage, self._window._replace(**window), rank or self.dim(), self.dtype)
+        view = self._wrap(self._storage, self._window._replace(**window), rank or self.dim(), self.dtype)
+        view._traced = self._traced and (self._traced[0], view._window.experts)
+        return view
 
     def _like(self, storage: PackedStorage, dtype: torch.dtype | None = None) -> Self:
         """All of another storage, as a tensor of this one's rank."""
@@ -74,15 +82,17 @@ class Wrapper(StorageTensor):
         return not self._storage.whole_rows(self._window)
 
     def _own_bytes(self, part: Part) -> Tensor:
-        data = self._storage.bytes_of(part)
-        if self._index is None:
-            return data
         if self.is_part_of_experts:
             raise ValueError(
                 "a view of rows or columns has no bytes of its own in memory; clone() it, or write to it with copy_"
             )
-        if not is_real(data):
-            return data[self._index]
+        return self.bytes_around(part)
+
+    def bytes_around(self, part: Part) -> Tensor:
+        """All of the experts of which this tensor shows rows and columns."""
+        data = self._storage.bytes_of(part)
+        if self._index is None:
+            return data
         # The same object each time, because dynamo tells the tensors in a tensor apart by what they are; and no fake
         # one, although dynamo asks in its fake mode.
         base, view = self._views.get(part, (None, data))
@@ -107,6 +117,14 @@ class Wrapper(StorageTensor):
     def data_ptr(self) -> int:
         """The address of the codes: it stays through shuffles and refits."""
         return self.qdata.data_ptr()
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """The bytes in memory that this tensor shows, codes and scales with their pads; of a view of rows or columns,
+        their own. ``numel() * element_size()`` is the size of the logical values."""
+        if self.is_part_of_experts:
+            return sum(self.numel() // part.per_byte for part in PARTS)
+        return sum(self.bytes_around(part).nbytes for part in PARTS)
 
     def share_memory_(self) -> Self:
         """Move codes and scales to shared memory; a later change of layout replaces them instead of rewriting them."""
@@ -159,6 +177,38 @@ class Wrapper(StorageTensor):
     def requires_grad(self, requires_grad: bool) -> None:
         pass
 
+    _qdata_around = property(partial(bytes_around, part=CODES))
+    _scale_around = property(partial(bytes_around, part=SCALES))
+
+    # What a compiled function returns of its input is made again from the input itself: torch asks the one that was put
+    # together from what the graph returned for its base, and for the same view of another.
+
+    @property
+    def _base(self) -> Tensor | None:  # type: ignore[override]
+        if self._traced is None or not is_real(self._storage.qdata):
+            return super()._base
+        return torch.empty(self._traced[0], dtype=self.dtype, device="meta")
+
+    def _view_func(self, base: Tensor) -> Any:
+        if self._traced is None or not isinstance(base, Wrapper):
+            return super()._view_func(base)  # type: ignore[misc]
+        experts = base._window.experts[slice_of(self._traced[1])]
+        return base._wrap(base._storage, self._window._replace(experts=experts), self.dim(), self.dtype)
+
+    def is_new_state_of(self, traced: Self) -> bool:
+        """Whether this is what a graph made of its input, which is written back now: whole, as they lie.
+
+        Raises:
+            RuntimeError: in another layout, which a graph cannot record.
+        """
+        state = self._traced is not None and not isinstance(self._storage.qdata, FunctionalTensor)
+        if state and self._storage.layout is not traced._storage.layout:
+            raise RuntimeError(
+                f"the layout of a weight cannot change in a compiled function, from {traced._storage.layout.name!r} to "
+                f"{self._storage.layout.name!r}; call shuffle_ or unshuffle_ outside it"
+            )
+        return state
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
         storage = self._storage
@@ -168,32 +218,37 @@ class Wrapper(StorageTensor):
             storage.convert_layout_(layout)
         # Names, because dynamo's guards compare them.
         names = storage.layout.name, name_or_none(storage.requested_layout)
-        return [CODES.name, SCALES.name], (storage.geometry, *names, self.dtype)
+        inner = [f"_{part.name}_around" if self.is_part_of_experts else part.name for part in PARTS]
+        traced = None if is_real(storage.qdata) else self._traced
+        return inner, (storage.geometry, *names, self.dtype, *self._window[1:], traced)
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Sequence[int], outer_stride: Sequence[int]
     ) -> Self:
-        geometry, layout, shuffle_kind, dtype = context
-        qdata, scale = inner[CODES.name], inner[SCALES.name]
-        rank = qdata.dim()
-        if rank == 2:
-            qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
+        geometry, layout, shuffle_kind, dtype, rows, columns, traced = context
+        given = dict(zip(PARTS, inner.values(), strict=True))
+        rank = given[CODES].dim()
+        qdata, scale = (data.unsqueeze(0) if rank == 2 else data for data in given.values())
         found = PackedStorage.owner_of(qdata, scale, geometry)  # which knows better how they lie now
         if found is None:
             storage = PackedStorage(qdata, scale, geometry, find_layout(layout), layout_or_none(shuffle_kind))
             found = storage, storage.experts
         storage, experts = found
-        return cls._wrap(storage, storage.whole()._replace(experts=experts), rank, dtype)
+        self = cls._wrap(storage, Window(experts, rows, columns), rank, dtype)
+        self._traced = (self.shape, experts) if isinstance(qdata, FunctionalTensor) else traced
+        if rank == 2:  # not other views of the same
+            self._views = {part: (storage.bytes_of(part), data) for part, data in given.items()}
+        return self
 
     @classmethod
     def _corrected(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        return return_and_correct_aliasing(func, args, kwargs, out) if isinstance(out, cls) else out
+        return return_and_correct_aliasing(func, args, kwargs, out) if isinstance(out, (cls, list)) else out
 
     def _stable_hash_for_caching(self) -> str:
         """What distinguishes a compiled artefact in torch's caches: layout and sizes, and who would run it."""
         _, context = self.__tensor_flatten__()
-        inner = [(tuple(part.shape), part.stride()) for part in (self.qdata, self.scale)]
+        inner = [(tuple(data.shape), data.stride()) for data in map(self.bytes_around, PARTS)]
         known = (
             type(self).__qualname__,
             tuple(self.shape),
