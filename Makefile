@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz check dist clean
+.PHONY: demo test fuzz mutate check dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -11,6 +11,9 @@ test: check
 
 fuzz: .venv/installed
 	FUZZ=$${FUZZ:-2000} $(BIN)/python -m pytest tests/test_state_machine.py
+
+mutate: .venv/installed
+	$(BIN)/python tools/mutate.py
 
 check: .venv/installed
 	$(BIN)/ruff check .
