@@ -114,9 +114,8 @@ def all_changes(goals: list[str]) -> list[Change]:
     return found
 
 
-def report(tried: dict[Change, bool]) -> float:
+def report(tried: dict[Change, bool], equivalent: set[str]) -> float:
     """Print it; the part that was noticed."""
-    equivalent = {line for line in EQUIVALENT.read_text().splitlines() if not line.startswith("#")}
     counted = {change: noticed for change, noticed in tried.items() if noticed or str(change) not in equivalent}
     for change, noticed in sorted(counted.items(), key=lambda item: (item[0].path, item[0].start)):
         if not noticed:
@@ -146,6 +145,7 @@ def main() -> int:
         random.Random(given.seed).shuffle(chosen)
     chosen = chosen[: given.sample]
     tests = given.tests or [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))]
+    equivalent = {line for line in EQUIVALENT.read_text().splitlines() if not line.startswith("#")}
     preload()
     tried: dict[Change, bool] = {}
     with tempfile.TemporaryDirectory(prefix="mutate") as folder:
@@ -155,7 +155,7 @@ def main() -> int:
             tried[change] = not survived
             print(f"{len(tried)}/{len(chosen)} {'survived' if survived else 'noticed'} {change}", flush=True)
     print(f"\n{len(tried)} of {len(chosen)} changes were tried")
-    return 0 if report(tried) >= GOAL else 1
+    return 0 if report(tried, equivalent) >= GOAL else 1
 
 
 if __name__ == "__main__":

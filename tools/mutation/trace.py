@@ -18,7 +18,7 @@ from mutation.changes import Change
 
 __all__ = ["Traced", "trace"]
 
-# Dynamo compiles from the code, without running its lines: these tests are for what no other test runs.
+# Dynamo compiles from the code, without running its lines.
 UNTRACED = ("tests/test_compile.py",)
 
 _Lines = set[tuple[str, int]]
@@ -32,10 +32,13 @@ class Traced:
         self._imported: _Lines = set()
         self._by_line: dict[tuple[str, int], set[str]] = defaultdict(set)
         self._by_file: dict[str, set[str]] = defaultdict(set)
+        self._elsewhere: set[str] = set()  # these run in another process, or are not traced
         for file in files.values():
             self._imported |= {(path, line) for path, lines in file["imported"].items() for line in lines}
             for name, test in file["tests"].items():
                 self.seconds[name] = test["seconds"]
+                if not test["lines"]:
+                    self._elsewhere.add(name)
                 for path, lines in test["lines"].items():
                     self._by_file[path].add(name)
                     for line in lines:
@@ -45,13 +48,13 @@ class Traced:
         """Those that may notice a change, by test file: the likeliest first, for so many seconds."""
         places = [(change.path, line) for line in change.lines]
         direct = set().union(*(self._by_line[place] for place in places))
-        names = self._fastest(direct)
+        chosen = [direct]
         if change.cached or not self._imported.isdisjoint(places):  # who depends on it need not have run it
-            names += self._fastest((self._by_file[change.path] or set(self.seconds)) - direct)
+            chosen += [self._by_file[change.path] - direct, self._elsewhere]
         elif not direct:
-            names = self._fastest({name for name in self.seconds if name.startswith(UNTRACED)})
+            chosen = [self._elsewhere]
         files: dict[str, list[str]] = {}
-        for name in names:
+        for name in (name for names in chosen for name in self._fastest(names)):
             budget -= self.seconds[name]
             if budget > 0 or not files:
                 files.setdefault(name.split("::")[0], []).append(name)
