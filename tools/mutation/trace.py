@@ -11,7 +11,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from mutation import processes
@@ -21,6 +21,8 @@ __all__ = ["Traced", "trace"]
 
 # Dynamo compiles from the code, without running its lines.
 UNTRACED = ("tests/test_compile.py",)
+CALLS = 100
+"""Of one function in one test that are traced; more would only take time."""
 
 _Lines = set[tuple[str, int]]
 
@@ -115,7 +117,8 @@ class _Recorder:
     """A plugin of pytest."""
 
     def __init__(self, package: Path, traces: bool) -> None:
-        self.package, self.traces = package, traces
+        self.package, self.traces = str(package), traces
+        self.calls: Counter[CodeType] = Counter()
         self.lines: _Lines = set()
         self.imported: _Lines | None = None
         self.tests: dict[str, dict[str, Any]] = {}
@@ -126,7 +129,11 @@ class _Recorder:
             sys.settrace(self._call)
 
     def _call(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
-        return self._line if frame.f_code.co_filename.startswith(str(self.package)) else None
+        code = frame.f_code
+        if not code.co_filename.startswith(self.package) or self.calls[code] == CALLS:
+            return None
+        self.calls[code] += 1
+        return self._line
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
         if event == "line":
@@ -136,7 +143,8 @@ class _Recorder:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         if self.imported is None:
             self.imported = self.lines
-        signal.alarm(300)  # it hangs
+        signal.alarm(600)  # it hangs
+        self.calls.clear()
         self.lines = set()
         self.tests[nodeid] = {"seconds": 0.0, "passed": True}
         self.start()  # again, where a test has set its own
@@ -151,7 +159,7 @@ class _Recorder:
     def _by_file(self, lines: _Lines) -> dict[str, list[int]]:
         found = defaultdict(list)
         for path, line in sorted(lines):
-            found[str(Path(path).relative_to(self.package.parent))].append(line)
+            found[str(Path(path).relative_to(Path(self.package).parent))].append(line)
         return found
 
     def result(self) -> dict[str, Any]:
