@@ -102,16 +102,22 @@ def preload() -> None:
 
 
 def all_changes(goals: list[str]) -> list[Change]:
-    found = []
+    """Of files, of folders, or of a line of a file."""
+    lines: dict[Path, set[int]] = {}
     for goal in goals:
         name, _, line = goal.partition(":")
         path = ROOT / name
         if not path.exists():
             raise SystemExit(f"{path} does not exist")
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            of_file = changes(str(file.relative_to(ROOT)), file.read_bytes())
-            found += [change for change in of_file if not line or change.line == int(line)]
-    return found
+            length = len(file.read_bytes().splitlines())
+            lines.setdefault(file, set()).update([int(line)] if line else range(1, length + 1))
+    return [
+        change
+        for file, of_file in lines.items()
+        for change in changes(str(file.relative_to(ROOT)), file.read_bytes())
+        if change.line in of_file
+    ]
 
 
 def report(tried: dict[Change, bool], equivalent: set[str]) -> float:
