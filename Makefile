@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz stress check dist clean
+.PHONY: demo test fuzz stress mutate check dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -14,6 +14,9 @@ fuzz: .venv/installed
 
 stress: .venv/installed
 	STRESS_SECONDS=30 STRESS_INTERRUPTS=1000 $(BIN)/python -m pytest tests/test_threads.py
+
+mutate: .venv/installed
+	$(BIN)/python tools/mutate.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

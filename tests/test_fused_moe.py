@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, explain, fused_moe
+from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
 from shuffled_tensor.mxfp4 import dequantize, quantize
 
 from .support.bytes import coded, moderate_scales
@@ -194,6 +196,25 @@ def test_experts_of_a_larger_weight() -> None:
     part = layer | {"w13": layer["w13"][1:], "w2": layer["w2"][1:], "topk_ids": layer["topk_ids"] % 2}
     whole = layer | {"topk_ids": layer["topk_ids"] % 2 + 1}
     assert torch.equal(fused_moe(**part), fused_moe(**whole))
+
+
+@pytest.mark.parametrize("limit", [None, 0.5, 7.0])
+@pytest.mark.parametrize("name", ["silu", "gelu", "swiglu"])
+def test_activations_by_formula(name: ActivationName, limit: float | None) -> None:
+    """On a grid that goes past every limit: the gate is clamped from above alone, up from both sides."""
+    grid = [-20.0, -8.0, -7.0, -1.5, -0.25, 0.0, 0.25, 0.5, 1.0, 6.5, 7.0, 8.0, 20.0]
+    gates, ups = torch.cartesian_prod(*2 * [torch.tensor(grid, dtype=torch.float64)]).T
+    most = limit or (7.0 if name == "swiglu" else math.inf)
+
+    def expected(gate: float, up: float) -> float:
+        gate, up = min(gate, most), max(-most, min(up, most))
+        if name == "gelu":
+            return gate * (1 + math.erf(gate / math.sqrt(2))) / 2 * up
+        sharpness, shift = (1.702, 1.0) if name == "swiglu" else (1.0, 0.0)
+        return gate / (1 + math.exp(-sharpness * gate)) * (up + shift)
+
+    by_hand = torch.tensor([expected(*pair) for pair in zip(gates.tolist(), ups.tolist(), strict=True)])
+    torch.testing.assert_close(ACTIVATIONS[name](gates, ups, limit), by_hand.double(), rtol=1e-6, atol=1e-6)
 
 
 def test_no_gradient() -> None:
@@ -438,7 +459,7 @@ no w13: TypeError: w13 must be a ShuffledMXFP4Tensor, found NoneType
 list: TypeError: w2 must be a ShuffledMXFP4Tensor, found list
 parameter: TypeError: w13 must be a ShuffledMXFP4Tensor, found Parameter of torch.bfloat16; wrap packed bytes, or use from_hp
 part: TypeError: w13 must be a ShuffledMXFP4Tensor, found PartView
-two tensors: TypeError: w13 must be a ShuffledMXFP4Tensor, found TwoTensor
+two tensors: TypeError: w13 is a TwoTensor of shape [3, 128, 64], whose parts are not seen; pass what it wraps
 hidden states: TypeError: hidden_states must be a plain tensor, found list
 weight as hidden states: TypeError: hidden_states must be a plain tensor, found ShuffledMXFP4Tensor
 ids: TypeError: topk_ids must be a plain tensor, found NoneType
@@ -470,7 +491,7 @@ def test_a_dtensor_is_refused(tmp_path: Path) -> None:
         mesh = init_device_mesh("cpu", (1,))
         for name in ("w13", "w2", "hidden_states", "topk_ids"):
             sharded = DTensor.from_local(layer[name], mesh, [Replicate()])
-            with pytest.raises(TypeError, match=rf"{name} must be a .*, found DTensor; pass its \.to_local\(\)"):
+            with pytest.raises(TypeError, match=rf"{name} is a DTensor of .*; pass its \.to_local\(\)"):
                 fused_moe(**(layer | {name: sharded}))
             assert torch.equal(fused_moe(**(layer | {name: sharded.to_local()})), fused_moe(**layer))
     finally:
@@ -487,3 +508,67 @@ def test_packed_hidden_states_in_every_dtype() -> None:
             assert torch.equal(out, expected)
         with pytest.raises(TypeError, match="hidden_scale must be .* found torch.float32"):
             fused_moe(**(layer | {"hidden_states": codes}), hidden_scale=scale.float())
+
+
+def test_bad_input_of_compiled_code() -> None:
+    """The operator on plain tensors, as an exported program calls it: it cannot know that bytes belong to sizes."""
+    layer = small_layer()  # 3 experts, 4 tokens, 64 hidden and intermediate, padded to 256
+    good = packed_arguments(layer) | {"out_dtype": "float32", "backend": "reference"}
+    operator = torch.ops.shuffled_tensor.fused_moe_packed.default
+    expected = dense_moe(**layer | {name: layer[name].dequantize(torch.float64) for name in ("w13", "w2")})
+    assert relative_error(operator(**good), expected) <= 1e-5
+
+    mask = torch.tensor([1, 1, 1], dtype=torch.int32)
+    changes: dict[str, dict[str, Any]] = {
+        "rows of w13": {"w13_rows": 192},
+        "columns of w13": {"w13_columns": 96},
+        "rows of w2": {"w2_rows": 96},
+        "columns of w2": {"w2_columns": 32},
+        "codes of fewer experts": {"w2_qdata": good["w2_qdata"][1:]},
+        "codes without pads": {"w13_qdata": good["w13_qdata"][:, :128]},
+        "scales without pads": {"w2_scale": good["w2_scale"][..., :2]},
+        "layout": {"w2_layout": "gguu"},
+        "hidden rank": {"hidden_states": good["hidden_states"][0]},
+        "three ranks of ids": {"topk_ids": good["topk_ids"][..., None]},
+        "scale dtype": {"hidden_states": quantize(layer["hidden_states"])[0], "hidden_scale": torch.zeros(4, 2)},
+        "bias of w2, shape": {"w2_bias": torch.zeros(3, 128)},
+        "bias of w13, dtype": {"w13_bias": torch.zeros(3, 128, dtype=torch.float64)},
+        "mask rank": {"expert_mask": mask.view(1, 3)},
+        "negative limit": {"swiglu_limit": -1.0},
+        "limit that is no number": {"swiglu_limit": math.nan},
+        "rule": {"scale_rule": "even"},
+        "out dtype": {"out_dtype": "float64"},
+        "device of the scales": {"w2_scale": good["w2_scale"].to("meta")},
+        "device of a bias": {"w2_bias": torch.zeros(3, 64, device="meta")},
+    }
+    lines = []
+    for name, change in changes.items():
+        with pytest.raises((TypeError, ValueError)) as error:
+            operator(**(good | change))
+        lines.append(f"{name}: {error.type.__name__}: {error.value}")
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+rows of w13: ValueError: w13 must have 128 rows and 64 columns, found (192, 64)
+columns of w13: ValueError: w13 must have 128 rows and 64 columns, found (128, 96)
+rows of w2: ValueError: w2 must have 64 rows and 64 columns, found (96, 64)
+columns of w2: ValueError: w13 must have 64 rows and 64 columns, found (128, 64)
+codes of fewer experts: ValueError: w2_qdata must be [3, 256, 128], found shape [2, 256, 128]
+codes without pads: ValueError: w13_qdata must be [3, 512, 128], found shape [3, 128, 128]
+scales without pads: ValueError: w2_scale must be [3, 256, 8], found shape [3, 256, 2]
+layout: ValueError: unknown shuffle_kind 'gguu'; known: 'none', 'mxfp4_moe', 'mxfp4_separated'
+hidden rank: ValueError: hidden_states must be [tokens, K], found shape [64]
+three ranks of ids: ValueError: topk_ids must be [4, topk], found shape [4, 2, 1]
+scale dtype: TypeError: hidden_scale must be torch.uint8 or torch.float8_e8m0fnu, found torch.float32
+bias of w2, shape: ValueError: w2_bias must be [3, 64], found shape [3, 128]
+bias of w13, dtype: TypeError: w13_bias must be torch.bfloat16 or torch.float16 or torch.float32, found torch.float64
+mask rank: ValueError: expert_mask must be [global experts], 1 where local, found shape [1, 3] for 3 local experts
+negative limit: ValueError: swiglu_limit must be positive, or None for the activation's own, found -1.0
+limit that is no number: ValueError: swiglu_limit must be positive, or None for the activation's own, found nan
+rule: ValueError: scale_rule='even' quantises activations, so it needs activation_dtype='mxfp4'
+out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found torch.float64
+device of the scales: ValueError: all tensors must be on the device of w13, cpu; found w2 on meta
+device of a bias: ValueError: all tensors must be on the device of w13, cpu; found w2_bias on meta""",
+    )
+    for accepted in ({"expert_mask": mask}, {"swiglu_limit": 1e9}, {"w2_bias": torch.zeros(3, 64).half()}):
+        assert torch.equal(operator(**(good | accepted)), operator(**good))

@@ -195,8 +195,13 @@ def test_what_a_view_refuses() -> None:
         view.copy_(torch.zeros(3, 96, 80))
     with pytest.raises(ValueError, match=r"bytes of shape \[96, 80\], found \[96, 79\]"):
         view[0].copy_(torch.zeros(96, 79, dtype=torch.uint8))
-    with pytest.raises(IndexError):
-        view[3]
+    for windowed, index in ((view, 3), (view, -4), (view[1:], 2), (view[1:], -3)):
+        with pytest.raises(IndexError, match=f"expert {index} is out of range for {len(windowed)} experts"):
+            windowed.select(0, index)
+        with pytest.raises(IndexError):
+            windowed[index]
+    with pytest.raises(NotImplementedError, match="only experts are selected one by one"):
+        view.select(-2, 0)
     for call in (lambda: view[0][3], lambda: view[:, ::2], lambda: view[..., ::2], lambda: view.add_(1)):
         with pytest.raises(NotImplementedError):
             call()
@@ -205,6 +210,29 @@ def test_what_a_view_refuses() -> None:
     with pytest.raises(ValueError, match="no bytes of its own in memory"):
         _ = weight[:, :48].qdata
     assert_holds(weight, parts, "mxfp4_moe")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_view_is_copied_into_memory(layout: str) -> None:
+    """Of both parts: whole, an expert counted from either end and along a dimension counted from either, a window."""
+    parts = marked_parts(3, 96, 160)
+    weight = weight_of(parts, layout)
+    for view, part in zip((weight.qdata_view, weight.scale_view), parts, strict=True):
+        for window, expected in (
+            (view, part),
+            (view.select(0, 1), part[1]),
+            (view.select(-3, -3), part[0]),
+            (view.narrow(-2, 40, 20), part[:, 40:60]),
+        ):
+            target = torch.zeros_like(expected)
+            assert target.copy_(window) is target
+            assert torch.equal(target, expected)
+            assert window.clone().is_contiguous()
+
+
+def test_a_view_says_how_to_reach_its_bytes() -> None:
+    with pytest.raises(NotImplementedError, match=r"clone\(\) it for plain bytes, or write inside `with refit"):
+        weight_of(marked_parts(1, 64, 64)).qdata_view.data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
     """Raise TypeError for a tensor of another library that wraps others, whose operations do not know ours."""
     if is_traceable_wrapper_subclass(tensor):
         found = type(tensor).__name__
-        remedy = "its .to_local(), this rank's shard, or .full_tensor()" if found == "DTensor" else "a plain tensor"
+        remedy = "its .to_local(), this rank's shard, or .full_tensor()" if found == "DTensor" else "what it wraps"
         raise TypeError(f"{name} is a {found} of shape {list(tensor.shape)}, whose parts are not seen; pass {remedy}")
 
 
