@@ -27,6 +27,7 @@ from shuffled_tensor.owners import is_real
 __all__ = [
     "LAYOUTS",
     "ROW_MAJOR",
+    "ROW_ORDERS",
     "Layout",
     "check_gate_up",
     "find_layout",
@@ -226,6 +227,12 @@ class Layout:
 
 ROW_MAJOR = Layout("none", down=("e n c -> e n c",) * 2, gate_up=("e n c -> e n c",) * 2)
 """Gate rows, then up rows, as a checkpoint's tensors have them."""
+
+ROW_ORDERS = {
+    "contiguous": ROW_MAJOR,
+    "interleaved": Layout("interleaved rows", ROW_MAJOR.down, gate_up=("e (g n) c -> e n g c",) * 2),
+}
+"""How bytes lie that come from outside: gate rows, then up rows; or a gate row, its up row, and so on."""
 
 _TILED = ("e (n r) c -> e n c r", "e (n h r) (c t q) -> e n c q r t h")
 

@@ -247,8 +247,11 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
 
 
 @contextmanager
-def refit(module: _Module) -> Iterator[_Module]:
+def refit(module: _Module, *, row_order: RowOrder | None = None) -> Iterator[_Module]:
     """Open an update: inside, ``qdata`` and ``scale`` of every weight are row-major bytes, padded, at the same address.
+
+    Gate and up rows come in ``row_order``; None is each weight's own, in which it was made: where that is
+    ``"contiguous"``, gate rows and their pads, then up rows and theirs; ``"interleaved"``, rows in turn, then all pads.
 
     They may be written in whole or in part, by any means, also through raw pointers. On leaving, pads are rewritten and
     every weight is laid out as it was before, in place, in scratch of at most 64 MiB or one expert.
@@ -258,17 +261,19 @@ def refit(module: _Module) -> Iterator[_Module]:
     hold is a weight.
 
     Raises:
-        ValueError: there is no :class:`ShuffledMXFP4Tensor` in ``module``.
+        ValueError: there is no :class:`ShuffledMXFP4Tensor` in ``module``, or the order is unknown.
         RuntimeError: a refit of a weight is open, or its bytes are perhaps shared with another process; on leaving, a
             weight that was unusable before was not written whole.
     """
+    if row_order is not None:
+        check_row_order(True, row_order, rows=0)
     storages = weights_of(module)
     for storage in storages:
-        storage.check_refit()
+        storage.check_refit(row_order)
     mark = object()  # a weight that another refit has opened meanwhile is that one's to end
     try:
         for storage in storages:
-            storage.open_refit(mark)
+            storage.open_refit(mark, row_order)
         yield module
         for storage in storages:
             storage.close_refit()

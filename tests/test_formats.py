@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file as plain_save_file
 from torch import Tensor
@@ -63,6 +64,18 @@ def test_whole(tmp_path: Path, format: str, size: str, stored: str) -> None:
     loaded = load_experts(path)
     assert list(loaded) == [name]
     assert_is(loaded[name], expected, bias=format == "gpt-oss")
+
+
+def test_the_same_file_again(tmp_path: Path) -> None:
+    """Its packed tensors, written by an engine's loader into what was loaded from it."""
+    expected, name = make_dense(*SIZES["padded"]), layer_name("gpt-oss")
+    path = store(in_format("gpt-oss", expected, name), tmp_path, "file")
+    loaded, tensors = load_experts(path)[name], safetensors.torch.load_file(path)
+    loaded.w13.shuffle_("mxfp4_moe").zero_()  # type: ignore[operator]
+    loaded.w13.qdata_view.copy_(tensors[f"{name}.gate_up_proj_blocks"].flatten(-2))  # type: ignore[attr-defined]
+    loaded.w13.scale_view.copy_(tensors[f"{name}.gate_up_proj_scales"])  # type: ignore[attr-defined]
+    loaded.w13.unshuffle_()  # type: ignore[operator]
+    assert_is(loaded, expected, bias=True)
 
 
 def test_checksums_are_equal_across_formats(tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def _empty(weight: Weight, shape: tuple[int, int, int], device: torch.device | s
     geometry = Geometry(shape[1], shape[2], weight.gate_up)
     storage = PackedStorage.empty(shape[0], geometry, torch.device(device), layout)
     storage.requested_layout = None if weight.entry is None else weight.entry.requested_layout
+    if weight.row_order == "interleaved":
+        storage.validity.row_order = "interleaved"  # as who loads the same tensors again will bring them
     return ShuffledMXFP4Tensor._wrap(storage, storage.whole(), 3, weight.dtype)
 
 

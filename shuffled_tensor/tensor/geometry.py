@@ -73,15 +73,21 @@ class Geometry(NamedTuple):
         halves[:, :, rows:] = part.pad
         halves[..., logical_bytes:] = part.pad
 
-    def put(self, part: Part, padded: Tensor, values: Tensor, rows: range, columns: range) -> None:
-        """Write `values` over some logical rows and columns of row-major padded codes or scales."""
+    def put(
+        self, part: Part, padded: Tensor, values: Tensor, rows: range, columns: range, *, interleaved: bool = False
+    ) -> None:
+        """Write `values` over some logical rows, by their numbers in either order, and columns of row-major padded
+        codes or scales."""
         each = self.rows // self.halves
-        for half in range(self.halves):
-            first, last = max(rows.start, half * each), min(rows.stop, (half + 1) * each)
-            if first < last:
-                offset = half * (self.padded_rows // self.halves - each)
-                target = padded[:, first + offset : last + offset, slice_of(columns, part)]
-                target.copy_(values[:, first - rows.start : last - rows.start])
+        for half, target in enumerate(padded.unflatten(1, (self.halves, -1)).unbind(1)):
+            if interleaved:
+                place = slice((half - rows.start) % 2, None, 2)
+                own = range((rows.start + 1 - half) // 2, (rows.stop + 1 - half) // 2)
+            else:
+                first, last = max(rows.start, half * each), min(rows.stop, (half + 1) * each)
+                place = slice(first - rows.start, max(first, last) - rows.start)
+                own = range(first - half * each, max(first, last) - half * each)
+            target[:, slice_of(own), slice_of(columns, part)].copy_(values[:, place])
 
 
 class Window(NamedTuple):

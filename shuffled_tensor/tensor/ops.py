@@ -256,7 +256,7 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
                     part = source._window._replace(experts=source._window.experts[place])
                     storage.write(window._replace(experts=experts), *source._storage.read(part))
     else:
-        self.refit_from_hp_(source)
+        self._write_hp(source)
     return self
 
 
@@ -464,9 +464,7 @@ def _materialized(self: ShuffledMXFP4Tensor) -> PackedStorage:
     apart."""
     storage = self._storage
     parts = (data.contiguous() for data in storage.read(self._window))
-    own = PackedStorage.pack(*parts, gate_up=self.gate_up, requested_layout=storage.requested_layout)
-    own.convert_layout_(storage.layout)
-    return own
+    return storage.packed_alike(*parts, gate_up=self.gate_up)
 
 
 def _map_bytes(
@@ -544,9 +542,7 @@ def _joined_inside(first: ShuffledMXFP4Tensor, tensors: list[Any], dim: int) -> 
     with locked(*(tensor._storage for tensor in tensors)):
         parts = zip(*(tensor._storage.read(tensor._window) for tensor in tensors), strict=True)
         qdata, scale = (torch.cat(part, Window._fields.index(_axis(first, dim))) for part in parts)
-    own = PackedStorage.pack(qdata, scale, gate_up=gate_up, requested_layout=first._storage.requested_layout)
-    own.convert_layout_(first._storage.layout)
-    return first._like(own)
+    return first._like(first._storage.packed_alike(qdata, scale, gate_up=gate_up))
 
 
 def _are_both_halves(tensors: list[ShuffledMXFP4Tensor]) -> bool:

@@ -28,9 +28,11 @@ class PartView(StorageTensor):
     lies in, in place. Reading it (``clone``, ``to``, ``torch.equal``) gives plain row-major bytes.
     """
 
-    __slots__ = ("_part",)
+    __slots__ = ("_interleaved", "_part")
 
     _part: Part
+    _interleaved: bool
+    """Whether the window's rows are numbered as gate and up rows in turn."""
 
     operations = Operations()
     _remedy = (
@@ -39,16 +41,23 @@ class PartView(StorageTensor):
     )
 
     @classmethod
-    def make(cls, storage: PackedStorage, window: Window, rank: int, part: Part) -> PartView:
+    def make(
+        cls, storage: PackedStorage, window: Window, rank: int, part: Part, *, interleaved: bool = False
+    ) -> PartView:
         """A view of one part of a window; rank 2 shows a single expert."""
         experts, rows, columns = window.shape
         self = cls._over(storage, window, (experts, rows, columns // part.per_byte)[-rank:], torch.uint8)
-        self._part = part
+        self._part, self._interleaved = part, interleaved
         return self
+
+    def _view(self, rank: int | None = None, **window: range) -> PartView:
+        """A part of this view."""
+        inner = self._window._replace(**window)
+        return PartView.make(self._storage, inner, rank or self.dim(), self._part, interleaved=self._interleaved)
 
     def plain(self) -> Tensor:
         """The bytes as a plain uint8 tensor."""
-        data = self._storage.read(self._window)[PARTS.index(self._part)]
+        data = self._storage.read(self._window, interleaved=self._interleaved)[PARTS.index(self._part)]
         return (data[0] if self.dim() == 2 else data).contiguous()
 
     @property
@@ -75,7 +84,7 @@ _implements = partial(PartView.operations.implements, group="Of a view of codes 
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(self: PartView) -> PartView:
     """Another view of the same bytes."""
-    return PartView.make(self._storage, self._window, self.dim(), self._part)
+    return self._view()
 
 
 @_implements(aten.select.int)
@@ -86,7 +95,7 @@ def _select(self: PartView, dim: int, index: int) -> PartView:
     if not -self.shape[0] <= index < self.shape[0]:
         raise IndexError(f"expert {index} is out of range for {self.shape[0]} experts")
     expert = self._window.experts[index]
-    return PartView.make(self._storage, self._window._replace(experts=range(expert, expert + 1)), 2, self._part)
+    return self._view(rank=2, experts=range(expert, expert + 1))
 
 
 @_implements(aten.slice.Tensor)
@@ -102,7 +111,7 @@ def _slice(self: PartView, dim: int = 0, start: int | None = None, end: int | No
         window = window[start:end:step]
     if axis != "experts" and step != 1:
         raise NotImplementedError(f"{axis} are sliced without steps")
-    return PartView.make(self._storage, self._window._replace(**{axis: window}), self.dim(), self._part)
+    return self._view(**{axis: window})
 
 
 @_implements(aten.copy_.default)
@@ -120,7 +129,7 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     owners.check_row_major("the source", source)
     data = source.view(torch.uint8).reshape(self._window.shape[0], *self.shape[-2:])
     qdata, scale = (data if part is self._part else None for part in PARTS)
-    self._storage.write(self._window, qdata, scale)
+    self._storage.write(self._window, qdata, scale, interleaved=self._interleaved)
     return self
 
 

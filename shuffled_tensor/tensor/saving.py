@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS
-from shuffled_tensor.tensor.geometry import Geometry, Window
+from shuffled_tensor.owners import is_real
+from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -42,14 +43,16 @@ def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> Pack
 
     Args:
         qdata, scale: row-major logical codes, uint8 ``[E, N, K/2]``, and scales, uint8 ``[E, N, K/32]``.
-        state: ``"gate_up"`` and ``"shuffle_kind"``, as the constructor of a weight takes them.
+        state: ``"gate_up"``, ``"shuffle_kind"`` and ``"row_order"`` (contiguous where it is missing), as the
+            constructor of the weight took them.
 
     Raises:
         ValueError: the file is of a later version.
     """
-    _check_keys(state, "gate_up", "shuffle_kind")
+    _check_keys(state, "gate_up", "shuffle_kind", "row_order")
     geometry = Geometry(qdata.shape[1], qdata.shape[2] * CODES.per_byte, state["gate_up"])
-    return _Unread(qdata, scale, geometry, requested_layout=layout_or_none(state["shuffle_kind"]))
+    layout, row_order = layout_or_none(state["shuffle_kind"]), state.get("row_order", "contiguous")
+    return _Unread(qdata, scale, geometry, requested_layout=layout, row_order=row_order)
 
 
 _QDATA, _SCALE = (vars(PackedStorage)[part.name] for part in PARTS)  # slots
@@ -85,6 +88,10 @@ class _Unread(PackedStorage):
     def device(self) -> torch.device:
         device: torch.device = _QDATA.__get__(self).device
         return device
+
+    @property
+    def is_real(self) -> bool:
+        return is_real(_QDATA.__get__(self))
 
     def own(self) -> None:
         """Not yet: these bytes are not the ones that it will have."""
@@ -135,7 +142,12 @@ def _reduce_storage(storage: PackedStorage) -> tuple[Any, ...]:
         data if data.untyped_storage().nbytes() == data.nbytes else data.clone(memory_format=torch.contiguous_format)
         for data in storage.canonical(storage.experts)
     )
-    state = {"gate_up": storage.geometry.gate_up, "shuffle_kind": name_or_none(storage.requested_layout)}
+    state: dict[str, Any] = {
+        "gate_up": storage.geometry.gate_up,
+        "shuffle_kind": name_or_none(storage.requested_layout),
+    }
+    if storage.row_order != "contiguous":
+        state["row_order"] = storage.row_order
     return rebuild_storage, (qdata, scale, state)
 
 
@@ -164,13 +176,19 @@ def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:
     with storage.held():
         storage.sent = True
         layouts = storage.layout.name, name_or_none(storage.requested_layout)
-        return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), *layouts)
+        return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), *layouts, storage.row_order)
 
 
 def _receive_storage(
-    qdata: Tensor, scale: Tensor, geometry: tuple[int, int, bool], layout: str, shuffle_kind: str | None
+    qdata: Tensor,
+    scale: Tensor,
+    geometry: tuple[int, int, bool],
+    layout: str,
+    shuffle_kind: str | None,
+    row_order: RowOrder,
 ) -> PackedStorage:
-    storage = PackedStorage(qdata, scale, Geometry(*geometry), find_layout(layout), layout_or_none(shuffle_kind))
+    layouts = find_layout(layout), layout_or_none(shuffle_kind)
+    storage = PackedStorage(qdata, scale, Geometry(*geometry), *layouts, row_order)
     storage.sent = True
     return storage
 

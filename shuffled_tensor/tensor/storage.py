@@ -18,10 +18,10 @@ from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4, owners
-from shuffled_tensor.layouts import ROW_MAJOR, Layout, Order, expert_chunks, round_up
+from shuffled_tensor.layouts import ROW_MAJOR, ROW_ORDERS, Layout, Order, expert_chunks, round_up
 from shuffled_tensor.mxfp4 import CODES, PARTS, Part
 from shuffled_tensor.owners import is_real
-from shuffled_tensor.tensor.geometry import Geometry, Window, slice_of
+from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window, slice_of
 from shuffled_tensor.tensor.unwritten import Unwritten
 from shuffled_tensor.tensor.validity import State, Validity
 
@@ -65,6 +65,7 @@ class PackedStorage:
         geometry: Geometry,
         layout: Layout = ROW_MAJOR,
         requested_layout: Layout | None = None,
+        row_order: RowOrder = "contiguous",
     ) -> None:
         self.qdata = qdata
         self.scale = scale
@@ -72,7 +73,7 @@ class PackedStorage:
         self.requested_layout = requested_layout
         self.locked_layout: Layout | None = None
         self.sent = False
-        self.validity = Validity(layout)
+        self.validity = Validity(layout, row_order)
         self.lock = threading.RLock()
         self.running: set[threading.RLock] = set()
         self._owned: Tensor | None = None
@@ -83,9 +84,18 @@ class PackedStorage:
         """The one that the bytes are in now."""
         return self.validity.layout
 
+    @property
+    def row_order(self) -> RowOrder:
+        """Of the rows of the tensors that this was made of."""
+        return self.validity.row_order
+
+    def row_major(self, row_order: RowOrder | None) -> Layout:
+        """How plain bytes lie that somebody writes here: in the rows' order of construction, if no other is given."""
+        return ROW_ORDERS[row_order or self.row_order] if self.geometry.gate_up else ROW_MAJOR
+
     def own(self) -> None:
         """Tell whoever meets the bytes without this object that they are its."""
-        if self._owned is not self.qdata and is_real(self.qdata):
+        if self._owned is not self.qdata and self.is_real:
             owners.register(self, self.validity, self.qdata, self.scale)
             self._owned = self.qdata
 
@@ -132,16 +142,17 @@ class PackedStorage:
         scale: Tensor,
         *,
         gate_up: bool,
-        interleaved: bool = False,
+        row_order: RowOrder = "contiguous",
         requested_layout: Layout | None = None,
     ) -> PackedStorage:
         """From logical row-major uint8 ``[E, N, K/2]`` and ``[E, N, K/32]``. Takes the tensors over where nothing needs
         padding or reordering."""
+        interleaved = row_order == "interleaved"
         geometry = Geometry(qdata.shape[1], qdata.shape[2] * mxfp4.CODES.per_byte, gate_up)
         parts = zip(PARTS, (qdata, scale), strict=True)
         if interleaved or geometry.padded:
             qdata, scale = (geometry.pad(part, data, interleaved=interleaved) for part, data in parts)
-            return cls(qdata, scale, geometry, requested_layout=requested_layout)
+            return cls(qdata, scale, geometry, requested_layout=requested_layout, row_order=row_order)
         # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often neither;
         # and what is another weight's stays its own
         qdata, scale = (
@@ -165,7 +176,14 @@ class PackedStorage:
 
     def with_bytes(self, qdata: Tensor, scale: Tensor) -> PackedStorage:
         """Other bytes in the same layout: a copy, another device, some of the experts."""
-        return PackedStorage(qdata, scale, self.geometry, self.layout, self.requested_layout)
+        return PackedStorage(qdata, scale, self.geometry, self.layout, self.requested_layout, self.row_order)
+
+    def packed_alike(self, qdata: Tensor, scale: Tensor, *, gate_up: bool) -> PackedStorage:
+        """Other logical row-major bytes, in this layout."""
+        packed = PackedStorage.pack(qdata, scale, gate_up=gate_up, requested_layout=self.requested_layout)
+        packed.validity.row_order = self.row_order if gate_up else "contiguous"
+        packed.convert_layout_(self.layout)
+        return packed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedStorage:
         with self.held():
@@ -181,6 +199,11 @@ class PackedStorage:
     def device(self) -> torch.device:
         """Where the bytes are."""
         return self.qdata.device
+
+    @property
+    def is_real(self) -> bool:
+        """Whether there are bytes: not where a compiler traces, nor on the meta device."""
+        return is_real(self.qdata)
 
     def bytes_of(self, part: Part) -> Tensor:
         """All codes, or all scales, as they lie."""
@@ -248,13 +271,13 @@ class PackedStorage:
     def _outside(self) -> Iterator[None]:
         """Nobody traces what is done inside, except where a weight is made in a traced function: it is laid out in its
         graph."""
-        modes = _disable_current_modes() if is_real(self.qdata) else nullcontext()
+        modes = _disable_current_modes() if self.is_real else nullcontext()
         with modes, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
             yield
 
     @property
     def _on_gpu(self) -> bool:
-        return self.qdata.device.type == "cuda" and is_real(self.qdata)
+        return self.qdata.device.type == "cuda" and self.is_real
 
     def _fence(self) -> None:
         """Wait until nobody reads the bytes any more: calls of other threads, and kernels on any stream."""
@@ -272,34 +295,34 @@ class PackedStorage:
         """Whether another process may hold this memory, so that a change of layout must replace it."""
         return self.sent or any(data.device.type == "cpu" and data.is_shared() for data in (self.qdata, self.scale))
 
-    def check_refit(self) -> None:
+    def check_refit(self, row_order: RowOrder | None) -> None:
         """Raise RuntimeError where :meth:`open_refit` could not open one."""
         if self.validity.state is State.REFIT:
             raise RuntimeError("a refit of this weight is open already")
-        if self.is_shared() and self.layout is not ROW_MAJOR:
+        if self.is_shared() and self.layout is not self.row_major(row_order):
             raise RuntimeError(
                 "another process may hold these bytes as they lie, so they cannot be refitted in place; write "
                 "them with copy_ or load_state_dict"
             )
 
-    def open_refit(self, refit: object) -> None:
+    def open_refit(self, refit: object, row_order: RowOrder | None) -> None:
         """Make the bytes row-major, where they are, for others to write; until the refit ends they are no weight.
 
         Where they are none already, as after a refit that ended early, this one must write everything.
         """
         with self.lock:
-            self.check_refit()
-            before = self.layout
+            self.check_refit(row_order)
+            before, row_major = self.layout, self.row_major(row_order)
             if self.validity.state is State.INVALID:
                 self._fence()
                 self.validity.open_refit(refit, before)
-                self.validity.layout = ROW_MAJOR
+                self.validity.layout = row_major
                 with self._outside():
                     self._unwritten = Unwritten.fill(self.qdata, self.scale)
             else:
-                to_row_major = self._permutation(ROW_MAJOR)
+                make_row_major = self._permutation(row_major)
                 self.validity.open_refit(refit, before)
-                to_row_major()
+                make_row_major()
             self._fence()
 
     def close_refit(self) -> None:
@@ -310,6 +333,7 @@ class PackedStorage:
         """
         with self.lock:
             self._synchronize()
+            self._part_rows()
             if self._unwritten is not None:
                 with self._outside():
                     self._unwritten.check(self.geometry, self.qdata, self.scale)
@@ -322,7 +346,7 @@ class PackedStorage:
                 raise RuntimeError("a refit is open, and says what the bytes are when it ends")
             self._fence()
             self.validity.layout = layout
-            if layout is not ROW_MAJOR:
+            if layout not in ROW_ORDERS.values():
                 self.validity.layout_after_refit = None
             self._recover()
 
@@ -341,7 +365,7 @@ class PackedStorage:
     def writing(self, whole: bool = False) -> Iterator[None]:
         """Hold the bytes for a write; ``whole`` says that it leaves nothing as it was, so that what was wrong before is
         over. An exception after :meth:`touch` leaves them unusable."""
-        if is_real(self.qdata) and active_fake_mode() is not None:
+        if self.is_real and active_fake_mode() is not None:
             raise RuntimeError("a weight that has bytes is not written under FakeTensorMode, where values have none")
         # bytes made in inference mode are written in it, wherever the writer is
         with self.lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
@@ -354,6 +378,7 @@ class PackedStorage:
 
     def _recover(self) -> None:
         """The bytes are a weight in `layout` again; bring them into the one that they should have."""
+        self._part_rows()
         layout = self.validity.layout_after_refit or self.locked_layout or self.layout
         if self.layout is ROW_MAJOR:
             self._rewrite_pads()
@@ -362,6 +387,11 @@ class PackedStorage:
         self._unwritten = None
         self.validity.recover()
         self._synchronize()
+
+    def _part_rows(self) -> None:
+        """Row-major bytes in any order of rows become gate rows, then up rows."""
+        if self.layout in ROW_ORDERS.values() and self.layout is not ROW_MAJOR:
+            self._permutation(ROW_MAJOR)()
 
     def check_readable(self) -> None:
         """Raise RuntimeError where the bytes are not a weight: while a refit writes them, and after one failed."""
@@ -414,42 +444,48 @@ class PackedStorage:
         """The window of everything."""
         return Window(self.experts, range(self.geometry.rows), range(self.geometry.columns))
 
-    def read(self, window: Window) -> tuple[Tensor, Tensor]:
-        """Row-major logical codes ``[len, rows, columns / 2]`` and scales ``[len, rows, columns / 32]`` of a window."""
+    def read(self, window: Window, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+        """Row-major logical codes ``[len, rows, columns / 2]`` and scales ``[len, rows, columns / 32]`` of a window,
+        whose rows are numbered in either order."""
         each = self.geometry.rows // self.geometry.halves
         half = min(window.rows.start // max(1, each), self.geometry.halves - 1)
         first, last = window.rows.start - half * each, window.rows.stop - half * each
-        if last <= each:
+        if interleaved:
+            pairs = range(window.rows.start // 2, (window.rows.stop + 1) // 2)
+            own = slice(window.rows.start - 2 * pairs.start, window.rows.stop - 2 * pairs.start)
+            parts = [data.transpose(1, 2).flatten(1, 2)[:, own] for data in self.halves(window.experts, pairs)]
+        elif last <= each:
             parts = [data[:, half] for data in self.halves(window.experts, range(first, last))]
         else:
             parts = [data[:, slice_of(window.rows)] for data in self.canonical(window.experts)]
         qdata, scale = (data[..., slice_of(window.columns, part)] for part, data in zip(PARTS, parts, strict=True))
         return qdata, scale
 
-    def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None) -> None:
-        """Write logical row-major codes, scales or both over a window, in whatever layout it lies, with the pads of its
-        experts."""
+    def write(self, window: Window, qdata: Tensor | None, scale: Tensor | None, *, interleaved: bool = False) -> None:
+        """Write logical row-major codes, scales or both over a window, whose rows are numbered in either order, in
+        whatever layout it lies, with the pads of its experts."""
         given = zip(PARTS, (qdata, scale), strict=True)
         parts = [(part, values.to(self.qdata.device)) for part, values in given if values is not None]
         with self.writing():
             for part, values in parts:
-                self._write_part(part, window, values)
+                self._write_part(part, window, values, interleaved)
 
-    def _write_part(self, part: Part, window: Window, values: Tensor) -> None:
+    def _write_part(self, part: Part, window: Window, values: Tensor, interleaved: bool) -> None:
+        put = partial(self.geometry.put, interleaved=interleaved)
         geometry, order, own = self.geometry, self.order(part), self.bytes_of(part)
         for place, experts in self.chunks(window.experts):
             target = own[slice_of(experts)]
             if self.layout is ROW_MAJOR:
                 self.touch()
-                geometry.put(part, target, values[place], window.rows, window.columns)
+                put(part, target, values[place], window.rows, window.columns)
                 geometry.rewrite_pads(part, target)  # whoever had the memory before may have changed them
             elif self.whole_rows(window):
-                laid_out = order.shuffle(geometry.pad(part, values[place]))
+                laid_out = order.shuffle(geometry.pad(part, values[place], interleaved=interleaved))
                 self.touch()
                 target.copy_(laid_out)
             else:  # what is not written stays, but for pads
                 around = order.unshuffle(target.contiguous())
-                geometry.put(part, around, values[place], window.rows, window.columns)
+                put(part, around, values[place], window.rows, window.columns)
                 geometry.rewrite_pads(part, around)
                 laid_out = order.shuffle(around)
                 self.touch()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from enum import Enum, auto
 
 from shuffled_tensor.layouts import ROW_MAJOR, Layout
+from shuffled_tensor.tensor.geometry import RowOrder
 
 __all__ = ["State", "Validity"]
 
@@ -40,11 +41,13 @@ class Validity:
     =========== ============================ ================================================
     """
 
-    __slots__ = ("_changing", "_reason", "layout", "layout_after_refit", "refit", "state")
+    __slots__ = ("_changing", "_reason", "layout", "layout_after_refit", "refit", "row_order", "state")
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, row_order: RowOrder = "contiguous") -> None:
         self.layout = layout
         """The one that the bytes are in now."""
+        self.row_order: RowOrder = row_order
+        """Of the rows of the tensors that they were made of: those who write packed bytes bring more of them."""
         self.state = State.VALID
         self.layout_after_refit: Layout | None = None
         """While a refit is open, or was abandoned or could not be closed: the layout to return to."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.layouts import ROW_MAJOR, expert_chunks, find_layout, layout_or_none, name_or_none
-from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
+from shuffled_tensor.layouts import ROW_MAJOR, ROW_ORDERS, expert_chunks, find_layout, layout_or_none, name_or_none
+from shuffled_tensor.mxfp4 import PARTS, ScaleRule
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
@@ -117,7 +117,7 @@ class ShuffledMXFP4Tensor(Wrapper):
             if rank == 2:
                 qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
             storage = PackedStorage.pack(
-                qdata, scale, gate_up=gate_up, interleaved=row_order == "interleaved", requested_layout=layout
+                qdata, scale, gate_up=gate_up, row_order=row_order or "contiguous", requested_layout=layout
             )
         return cls._wrap(storage, storage.whole(), rank, dtype)
 
@@ -168,7 +168,7 @@ class ShuffledMXFP4Tensor(Wrapper):
     @property
     def is_shuffled(self) -> bool:
         """Whether the bytes lie in :attr:`shuffle_kind` now; else they are row-major."""
-        return self._storage.layout is not ROW_MAJOR
+        return self._storage.layout not in ROW_ORDERS.values()
 
     @property
     def layout_locked(self) -> bool:
@@ -228,22 +228,59 @@ class ShuffledMXFP4Tensor(Wrapper):
 
     @property
     def qdata_view(self) -> PartView:
-        """The codes as loaders know them, to be written in any layout: uint8 ``[E, N, K/2]``, logical and row-major."""
-        return PartView.make(self._storage, self._window, self.dim(), CODES)
+        """The codes as loaders know them, to be written in any layout: uint8 ``[E, N, K/2]``, row-major and without
+        pads, gate and up rows in :attr:`row_order`."""
+        return self.views()[0]
 
     @property
     def scale_view(self) -> PartView:
-        """The scales as loaders know them, to be written in any layout: uint8 ``[E, N, K/32]``, logical and
-        row-major."""
-        return PartView.make(self._storage, self._window, self.dim(), SCALES)
+        """The scales as loaders know them, to be written in any layout: uint8 ``[E, N, K/32]``, row-major and without
+        pads, gate and up rows in :attr:`row_order`."""
+        return self.views()[1]
 
-    def refit_from_hp_(self, weight: Tensor, *, scale_rule: ScaleRule = "even") -> ShuffledMXFP4Tensor:
+    def views(self, row_order: RowOrder | None = None) -> tuple[PartView, PartView]:
+        """:attr:`qdata_view` and :attr:`scale_view`, with gate and up rows in another order than :attr:`row_order`.
+
+        Raises:
+            ValueError: an unknown order, or one of rows that are not gate and up.
+        """
+        interleaved = self._interleaved(row_order)
+        codes, scales = (
+            PartView.make(self._storage, self._window, self.dim(), part, interleaved=interleaved) for part in PARTS
+        )
+        return codes, scales
+
+    @property
+    def row_order(self) -> RowOrder | None:
+        """How the gate and up rows came of which this weight was made, ``"contiguous"`` or ``"interleaved"``, and in
+        which packed bytes are written and refitted; None where rows are not gate and up.
+
+        Values have all gate rows, then all up rows, whatever it is.
+        """
+        return self._storage.row_order if self.gate_up else None
+
+    def _interleaved(self, row_order: RowOrder | None) -> bool:
+        """Whether rows that come in from outside are; None is the order of construction."""
+        if row_order is not None:
+            check_row_order(self.gate_up, row_order, self.shape[-2])
+        return (row_order or self.row_order) == "interleaved"
+
+    def refit_from_hp_(
+        self, weight: Tensor, *, row_order: RowOrder | None = None, scale_rule: ScaleRule = "even"
+    ) -> ShuffledMXFP4Tensor:
         """Quantise high-precision values of this shape over the present ones, in place and in the present layout.
+
+        Gate and up rows come in ``row_order``, if that is None in :attr:`row_order`, as :meth:`from_hp` took them;
+        :meth:`copy_` takes values as :meth:`dequantize` gives them.
 
         Raises:
             TypeError: ``weight`` is not floating point, or packed already.
-            ValueError: another shape, no values (on the meta device), or an unknown rule.
+            ValueError: another shape, no values (on the meta device), an unknown order or rule.
         """
+        self._write_hp(weight, self._interleaved(row_order), scale_rule)
+        return self
+
+    def _write_hp(self, weight: Tensor, interleaved: bool = False, scale_rule: ScaleRule = "even") -> None:
         if isinstance(weight, ShuffledMXFP4Tensor):
             raise TypeError("refit_from_hp_ quantises, and this weight is quantised already; copy_ takes it as it is")
         mxfp4.check_tensor("weight", weight)
@@ -256,8 +293,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         with self.writing():
             for place, experts in self._storage.chunks(window.experts):
                 parts = mxfp4.quantize(values[place], scale_rule=scale_rule)
-                self._storage.write(window._replace(experts=experts), *parts)
-        return self
+                self._storage.write(window._replace(experts=experts), *parts, interleaved=interleaved)
 
     def check_has_values(self, source: Tensor) -> None:
         """Raise ValueError for a source on the meta device: found out while writing, it would leave the bytes
@@ -270,12 +306,22 @@ class ShuffledMXFP4Tensor(Wrapper):
         storage = self._storage
         return storage.writing(whole=self._window == storage.whole())
 
-    def mark_canonical_(self) -> ShuffledMXFP4Tensor:
+    def mark_canonical_(self, *, row_order: RowOrder | None = None) -> ShuffledMXFP4Tensor:
         """Say that the bytes of the whole storage are row-major now: for a writer that went past this tensor.
 
         Pads are rewritten; a layout that is locked is restored at once, any other at the next use.
+
+        Raises:
+            ValueError: the weight was made of interleaved rows, and ``row_order`` does not say what came now.
         """
-        self._storage.assume(ROW_MAJOR)
+        if row_order is None and self._storage.row_order != "contiguous":
+            raise ValueError(
+                "this weight was made of interleaved rows, and row-major bytes of it have all gate rows first; say "
+                "which of them was written, with row_order='interleaved' or row_order='contiguous'"
+            )
+        if row_order is not None:
+            check_row_order(self._storage.geometry.gate_up, row_order, self._storage.geometry.rows)
+        self._storage.assume(self._storage.row_major(row_order))
         return self
 
     def mark_shuffled_(self, shuffle_kind: str) -> ShuffledMXFP4Tensor:
@@ -314,9 +360,7 @@ class ShuffledMXFP4Tensor(Wrapper):
             data.flatten(1, 2)[..., slice_of(self._window.columns, of)].contiguous()
             for of, data in zip(PARTS, halves, strict=True)
         )
-        own = PackedStorage.pack(*parts, gate_up=True, requested_layout=self._storage.requested_layout)
-        own.convert_layout_(self._storage.layout)
-        return self._like(own)
+        return self._like(self._storage.packed_alike(*parts, gate_up=True))
 
     def permute_experts_(self, order: Sequence[int] | Tensor) -> ShuffledMXFP4Tensor:
         """Expert ``order[i]`` becomes expert ``i``, weight and scale together, in place, with one expert of scratch.

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import _disable_current_modes, return_and_corr
 
 from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
-from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import StorageTensor
 from shuffled_tensor.tensor.geometry import Window, slice_of
@@ -55,7 +54,7 @@ class Wrapper(StorageTensor):
             self._index = None
         else:
             self._index = slice(experts.start, experts.stop, experts.step)
-        if self._index is not None and not is_real(storage.qdata):
+        if self._index is not None and not storage.is_real:
             # now, because a compiler takes tensors apart outside the modes in which its bytes can be viewed
             self._views = {part: (storage.bytes_of(part), storage.bytes_of(part)[self._index]) for part in PARTS}
         return self
@@ -185,7 +184,7 @@ class Wrapper(StorageTensor):
 
     @property
     def _base(self) -> Tensor | None:  # type: ignore[override]
-        if self._traced is None or not is_real(self._storage.qdata):
+        if self._traced is None or not self._storage.is_real:
             return super()._base
         return torch.empty(self._traced[0], dtype=self.dtype, device="meta")
 
@@ -214,25 +213,26 @@ class Wrapper(StorageTensor):
         storage = self._storage
         storage.check_readable()
         layout = policy.current.layout_at_first_use(self.device, storage.requested_layout)
-        if layout is not None and layout is not storage.layout and is_real(storage.qdata):
+        if layout is not None and layout is not storage.layout and storage.is_real:
             storage.convert_layout_(layout)
         # Names, because dynamo's guards compare them.
         names = storage.layout.name, name_or_none(storage.requested_layout)
         inner = [f"_{part.name}_around" if self.is_part_of_experts else part.name for part in PARTS]
-        traced = None if is_real(storage.qdata) else self._traced
-        return inner, (storage.geometry, *names, self.dtype, *self._window[1:], traced)
+        traced = None if storage.is_real else self._traced
+        return inner, (storage.geometry, *names, storage.row_order, self.dtype, *self._window[1:], traced)
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Sequence[int], outer_stride: Sequence[int]
     ) -> Self:
-        geometry, layout, shuffle_kind, dtype, rows, columns, traced = context
+        geometry, layout, shuffle_kind, row_order, dtype, rows, columns, traced = context
         given = dict(zip(PARTS, inner.values(), strict=True))
         rank = given[CODES].dim()
         qdata, scale = (data.unsqueeze(0) if rank == 2 else data for data in given.values())
         found = PackedStorage.owner_of(qdata, scale, geometry)  # which knows better how they lie now
         if found is None:
-            storage = PackedStorage(qdata, scale, geometry, find_layout(layout), layout_or_none(shuffle_kind))
+            layouts = find_layout(layout), layout_or_none(shuffle_kind)
+            storage = PackedStorage(qdata, scale, geometry, *layouts, row_order)
             found = storage, storage.experts
         storage, experts = found
         self = cls._wrap(storage, Window(experts, rows, columns), rank, dtype)
