@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS
+from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.geometry import Geometry, Window
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -85,6 +86,10 @@ class _Unread(PackedStorage):
     def device(self) -> torch.device:
         device: torch.device = _QDATA.__get__(self).device
         return device
+
+    @property
+    def is_real(self) -> bool:
+        return is_real(_QDATA.__get__(self))
 
     def own(self) -> None:
         """Not yet: these bytes are not the ones that it will have."""

@@ -182,6 +182,11 @@ class PackedStorage:
         """Where the bytes are."""
         return self.qdata.device
 
+    @property
+    def is_real(self) -> bool:
+        """Whether the bytes have values, which a compiler's do not."""
+        return is_real(self.qdata)
+
     def bytes_of(self, part: Part) -> Tensor:
         """All codes, or all scales, as they lie."""
         data: Tensor = getattr(self, part.name)

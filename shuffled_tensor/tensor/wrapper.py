@@ -55,7 +55,7 @@ class Wrapper(StorageTensor):
             self._index = None
         else:
             self._index = slice(experts.start, experts.stop, experts.step)
-        if self._index is not None and not is_real(storage.qdata):
+        if self._index is not None and not storage.is_real:
             # now, because a compiler takes tensors apart outside the modes in which its bytes can be viewed
             self._views = {part: (storage.bytes_of(part), storage.bytes_of(part)[self._index]) for part in PARTS}
         return self
