@@ -33,7 +33,7 @@ class PackedStorage:
 
     Attributes:
         qdata: uint8 ``[E, padded_rows, padded_columns / 2]``.
-        scale: uint8 ``[E, padded_rows, padded_columns / 32]``.
+        scale: uint8 ``[E, padded_rows, padded_columns / 32]``, rounded up to whole tiles.
         geometry: logical and padded sizes.
         requested_layout: the one that the caller fixed, or None where a backend decides at first use.
         locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None.
@@ -105,7 +105,7 @@ class PackedStorage:
             storage.validity = owner.record
             storage.own()
         experts = storage.experts_of(qdata, scale)
-        if experts is None or storage.geometry != geometry:
+        if experts is None or storage.geometry.sizes != geometry.sizes:
             raise RuntimeError(
                 f"these bytes are a part of a weight of {storage.geometry}, but no experts of it; clone() them"
             )
@@ -132,24 +132,24 @@ class PackedStorage:
         scale: Tensor,
         *,
         gate_up: bool,
+        align: tuple[int, int],
         interleaved: bool = False,
         requested_layout: Layout | None = None,
     ) -> PackedStorage:
-        """From logical row-major uint8 ``[E, N, K/2]`` and ``[E, N, K/32]``. Takes the tensors over where nothing needs
+        """From logical row-major uint8 ``[E, N, K/2]`` and ``[E, N, K/32]``. Takes either tensor over where it needs no
         padding or reordering."""
-        geometry = Geometry(qdata.shape[1], qdata.shape[2] * mxfp4.CODES.per_byte, gate_up)
-        parts = zip(PARTS, (qdata, scale), strict=True)
-        if interleaved or geometry.padded:
-            qdata, scale = (geometry.pad(part, data, interleaved=interleaved) for part, data in parts)
-            return cls(qdata, scale, geometry, requested_layout=requested_layout)
-        # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often neither;
-        # and what is another weight's stays its own
-        qdata, scale = (
-            data.contiguous()
-            if data.storage_offset() % 16 == 0 and not owners.owned(data)
-            else data.clone(memory_format=torch.contiguous_format)
-            for _, data in parts
-        )
+        geometry = Geometry(qdata.shape[1], qdata.shape[2] * mxfp4.CODES.per_byte, gate_up, align)
+
+        def own(part: Part, data: Tensor) -> Tensor:
+            if interleaved or geometry.padded_shape(part) != geometry.shape(part):
+                return geometry.pad(part, data, interleaved=interleaved)
+            # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often
+            # neither; and what is another weight's stays its own
+            if data.storage_offset() % 16 == 0 and not owners.owned(data):
+                return data.contiguous()
+            return data.clone(memory_format=torch.contiguous_format)
+
+        qdata, scale = map(own, PARTS, (qdata, scale))
         return cls(qdata, scale, geometry, requested_layout=requested_layout)
 
     @classmethod
