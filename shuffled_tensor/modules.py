@@ -20,7 +20,7 @@ from shuffled_tensor.layouts import layout_or_none
 from shuffled_tensor.mxfp4 import ScaleRule
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.checks import check_high_precision, check_logical_dtype, check_parts, check_row_order
-from shuffled_tensor.tensor.geometry import RowOrder
+from shuffled_tensor.tensor.geometry import ALIGN, Align, RowOrder, aligns_of_layer
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -44,6 +44,7 @@ def wrap_experts_(
     w2_scale: str = "w2_weight_scale",
     shuffle_kind: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    align: Align = ALIGN,
 ) -> _Module:
     """Make every pair of packed codes and scales in a module one :class:`ShuffledMXFP4Tensor` parameter, in place.
 
@@ -58,26 +59,29 @@ def wrap_experts_(
         w13, w2, w13_scale, w2_scale: what the tensors are called.
         shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the weights.
         dtype: the logical dtype.
+        align: what sizes are padded to multiples of, as :class:`ShuffledMXFP4Tensor` takes it: one number, or one for
+            the hidden and one for the intermediate size.
 
     Returns:
         ``module``.
 
     Raises:
         ValueError: nothing is called so, a weight is tagged as shuffled already, or its sizes do not fit; the message
-            names the parameter. Nothing has changed then.
+            names the parameter. Or another ``align``. Nothing has changed then.
         TypeError: a dtype that is not one of packed codes and scales. Nothing has changed then.
     """
     owners = _owners(module, w13, w2, w13_scale, w2_scale)
     gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
+    w13_align, w2_align = aligns_of_layer(align)
     weights = [
         (owner, prefix, _place(getattr(owner, names[0])), *names)
         for owner, prefix in owners
-        for names in ((w13, w13_scale, gate_up), (w2, w2_scale, down))
+        for names in ((w13, w13_scale, gate_up, w13_align), (w2, w2_scale, down, w2_align))
     ]
     check_logical_dtype(dtype)
     layout_or_none(shuffle_kind)  # an unknown one is found before anything changes
     scales: dict[object, object] = {}
-    for owner, prefix, tied, name, scale, order in weights:
+    for owner, prefix, tied, name, scale, order, _ in weights:
         with _naming(f"{prefix}{name}"):
             codes: Tensor = getattr(owner, name)
             tags = [tag for tag in _TAGS for part in (codes, getattr(owner, scale)) if getattr(part, tag, False)]
@@ -97,10 +101,12 @@ def wrap_experts_(
         rows, half = (getattr(owner, name).shape for name in (w13, w2))
         _check_pair(prefix, w13, (*rows[:-1], 2 * rows[-1]), w2, (*half[:-1], 2 * half[-1]))
     made: dict[object, nn.Parameter] = {}  # a weight that two modules share stays shared
-    for owner, _, tied, name, scale, order in weights:
+    for owner, _, tied, name, scale, order, pads in weights:
         if tied not in made:
             codes = getattr(owner, name)
-            packed = ShuffledMXFP4Tensor(codes, getattr(owner, scale), **order, shuffle_kind=shuffle_kind, dtype=dtype)
+            packed = ShuffledMXFP4Tensor(
+                codes, getattr(owner, scale), **order, shuffle_kind=shuffle_kind, dtype=dtype, align=pads
+            )
             made[tied] = _parameter(codes, packed)
         _set(owner, name, made[tied])
         _set(owner, scale, None)
@@ -115,6 +121,7 @@ def quantize_experts_(
     w2: str = "w2_weight",
     shuffle_kind: str | None = None,
     scale_rule: ScaleRule = "even",
+    align: Align = ALIGN,
 ) -> _Module:
     """Make every pair of high-precision expert weights in a module :class:`ShuffledMXFP4Tensor` parameters, in place.
 
@@ -128,24 +135,27 @@ def quantize_experts_(
         w13, w2: what the tensors are called: ``"gate_up_proj"`` and ``"down_proj"`` in transformers.
         shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the weights.
         scale_rule: one of :data:`shuffled_tensor.SCALE_RULES`.
+        align: what sizes are padded to multiples of, as :class:`ShuffledMXFP4Tensor` takes it: one number, or one for
+            the hidden and one for the intermediate size.
 
     Returns:
         ``module``.
 
     Raises:
         ValueError: nothing is called so, an unknown rule, or a size that does not fit; the message names the parameter.
-            Nothing has changed then.
+            Or another ``align``. Nothing has changed then.
         TypeError: a weight that is not bfloat16, float16, float32 or float64. Nothing has changed then.
     """
     owners = _owners(module, w13, w2)
     gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
+    w13_align, w2_align = aligns_of_layer(align)
     weights = [
         (owner, prefix, _place(getattr(owner, names[0])), *names)
         for owner, prefix in owners
-        for names in ((w13, gate_up), (w2, down))
+        for names in ((w13, gate_up, w13_align), (w2, down, w2_align))
     ]
     layout_or_none(shuffle_kind)  # an unknown one is found before anything changes
-    for owner, prefix, _, name, order in weights:
+    for owner, prefix, _, name, order, _ in weights:
         with _naming(f"{prefix}{name}"):
             values: Tensor = getattr(owner, name)
             if isinstance(values, ShuffledMXFP4Tensor) or values.dim() != 3:
@@ -159,10 +169,12 @@ def quantize_experts_(
     for owner, prefix in owners:
         _check_pair(prefix, w13, getattr(owner, w13).shape, w2, getattr(owner, w2).shape)
     made: dict[object, nn.Parameter] = {}  # a weight that two modules share stays shared
-    for owner, _, tied, name, order in weights:
+    for owner, _, tied, name, order, pads in weights:
         if tied not in made:
             values = getattr(owner, name)
-            packed = ShuffledMXFP4Tensor.from_hp(values, **order, shuffle_kind=shuffle_kind, scale_rule=scale_rule)
+            packed = ShuffledMXFP4Tensor.from_hp(
+                values, **order, shuffle_kind=shuffle_kind, scale_rule=scale_rule, align=pads
+            )
             made[tied] = _parameter(values, packed)
         _set(owner, name, made[tied])
     return module

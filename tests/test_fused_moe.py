@@ -526,6 +526,7 @@ def test_bad_input_of_compiled_code() -> None:
         "columns of w2": {"w2_columns": 32},
         "codes of fewer experts": {"w2_qdata": good["w2_qdata"][1:]},
         "codes without pads": {"w13_qdata": good["w13_qdata"][:, :128]},
+        "codes without some pads": {"w13_qdata": good["w13_qdata"][:, :320]},
         "scales without pads": {"w2_scale": good["w2_scale"][..., :2]},
         "layout": {"w2_layout": "gguu"},
         "hidden rank": {"hidden_states": good["hidden_states"][0]},
@@ -554,7 +555,8 @@ columns of w13: ValueError: w13 must have 128 rows and 64 columns, found (128, 9
 rows of w2: ValueError: w2 must have 64 rows and 64 columns, found (96, 64)
 columns of w2: ValueError: w13 must have 64 rows and 64 columns, found (128, 64)
 codes of fewer experts: ValueError: w2_qdata must be [3, 256, 128], found shape [2, 256, 128]
-codes without pads: ValueError: w13_qdata must be [3, 512, 128], found shape [3, 128, 128]
+codes without pads: ValueError: w13_scale must be [3, 128, 8], found shape [3, 512, 8]
+codes without some pads: ValueError: w13_qdata must be [3, 512, 128], or as a smaller align= pads it, found shape [3, 320, 128]
 scales without pads: ValueError: w2_scale must be [3, 256, 8], found shape [3, 256, 2]
 layout: ValueError: unknown shuffle_kind 'gguu'; known: 'none', 'mxfp4_moe', 'mxfp4_separated'
 hidden rank: ValueError: hidden_states must be [tokens, K], found shape [64]

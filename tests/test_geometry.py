@@ -36,7 +36,7 @@ def test_pads_are_put_and_put_again(rows: int, columns: int, gate_up: bool) -> N
         assert torch.equal(found, expected)
         assert found.data_ptr() != logical.data_ptr()
         assert geometry.padded_shape(part) == tuple(expected.shape[1:])
-        assert geometry.padded == (expected.shape != logical.shape)
+        assert geometry.shape(part) == tuple(logical.shape[1:])
         halves = geometry.halves_of(part, found)
         assert torch.equal(halves.flatten(1, 2), logical)
         assert halves.shape[1] == (2 if gate_up else 1)

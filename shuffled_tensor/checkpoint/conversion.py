@@ -134,10 +134,10 @@ def _packed(weight: Weight, part: Part, layout: Layout) -> Pieces:
 
 
 def _entry(weight: Weight, layout: Layout, checksum: str) -> manifest.Entry:
-    """What the manifest will say of a weight; the layout that it was made for stays."""
-    entry = weight.entry
-    shape, requested = (weight.shape, None) if entry is None else (entry.shape, entry.requested_layout)
-    return manifest.Entry(layout, weight.gate_up, shape, weight.dtype, requested, checksum)
+    """What the manifest will say of a weight; the layout that it was made for stays, and so does how it is padded."""
+    if weight.entry is not None:
+        return weight.entry._replace(layout=layout, checksum=checksum)
+    return manifest.Entry(layout, weight.gate_up, weight.shape, weight.dtype, None, checksum)
 
 
 def _plain(weight: Weight, part: Part | str, shape: tuple[int, ...], dtype: torch.dtype) -> Pieces:

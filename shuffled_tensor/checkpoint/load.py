@@ -19,7 +19,7 @@ from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import CODES, PARTS
-from shuffled_tensor.tensor.geometry import Geometry, ShardDim, check_rank, shard_range
+from shuffled_tensor.tensor.geometry import ALIGN, Align, Geometry, ShardDim, aligns_of_layer, check_rank, shard_range
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -48,6 +48,7 @@ def load_experts(
     world_size: int = 1,
     dim: ShardDim = "expert",
     into: nn.Module | None = None,
+    align: Align | None = None,
 ) -> dict[str, Experts]:
     """Read the expert weights of a checkpoint, expert by expert: gpt-oss, Quark, compressed-tensors
     ``mxfp4-pack-quantized``, DeepSeek V4, or what :func:`save_file` and ``convert`` wrote.
@@ -66,6 +67,9 @@ def load_experts(
         into: write into the parameters ``w13_weight``, ``w2_weight``, ``w13_bias`` and ``w2_bias`` of this module's
             submodules of the layers' names, in the layout and at the address that they have, instead of into new
             tensors.
+        align: what new packed tensors are padded to multiples of, as :class:`ShuffledMXFP4Tensor` takes it: one number,
+            or one for the hidden and one for the intermediate size. None is what the checkpoint's padded bytes have, or
+            256 where they have no padding. Not to be given with ``into``.
 
     Returns:
         The layers by name (``"model.layers.3.mlp.experts"``): w13 ``[E, 2I, K]``, gate rows first, and w2 ``[E, K,
@@ -86,12 +90,15 @@ def load_experts(
         raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
     check_rank(rank, world_size)
     _check_device(device)
+    aligns = (None, None) if align is None else aligns_of_layer(align)
+    if into is not None and align is not None:
+        raise ValueError(f"align={align!r} pads new tensors, and the parameters of into= stay padded as they are")
     start = time.perf_counter()
     with Files(path) as files:
         plan = []
         for name, layer in find_layers(files, prefix, format).items():
             cut = _cut(name, layer, rank, world_size, dim)
-            targets = _new(layer, cut, device) if into is None else _parameters(into, name, layer, cut)
+            targets = _new(layer, cut, device, aligns) if into is None else _parameters(into, name, layer, cut)
             plan.append((name, layer, cut, targets))
         if into is not None:  # before any of them changes
             for _, layer, cut, _ in plan:
@@ -146,21 +153,26 @@ def _shapes(layer: Layer, cut: _Cut) -> tuple[tuple[int, int, int], tuple[int, i
     return (len(cut.experts), 2 * len(cut.span), hidden), (len(cut.experts), hidden, len(cut.span))
 
 
-def _new(layer: Layer, cut: _Cut, device: torch.device | str) -> Experts:
+def _new(
+    layer: Layer, cut: _Cut, device: torch.device | str, aligns: tuple[tuple[int, int] | None, tuple[int, int] | None]
+) -> Experts:
     tensors, biases = [], []
-    for weight, shape in zip(layer, _shapes(layer, cut), strict=True):
-        tensors.append(_empty(weight, shape, device))
+    for weight, shape, align in zip(layer, _shapes(layer, cut), aligns, strict=True):
+        tensors.append(_empty(weight, shape, device, align))
         named = next(iter(weight.tensors[BIAS].values()), None)
         dtype = None if named is None else weight.files.dtype(named)
         biases.append(None if dtype is None else torch.zeros(shape[:2], dtype=dtype, device=device))
     return Experts(*tensors, *biases)
 
 
-def _empty(weight: Weight, shape: tuple[int, int, int], device: torch.device | str) -> Tensor:
+def _empty(
+    weight: Weight, shape: tuple[int, int, int], device: torch.device | str, align: tuple[int, int] | None = None
+) -> Tensor:
     if not weight.quantized:
         return torch.empty(shape, dtype=weight.dtype, device=device)
     layout = ROW_MAJOR if weight.entry is None else weight.entry.layout
-    geometry = Geometry(shape[1], shape[2], weight.gate_up)
+    own = ALIGN if weight.entry is None else weight.entry.align
+    geometry = Geometry(shape[1], shape[2], weight.gate_up, align or own)
     storage = PackedStorage.empty(shape[0], geometry, torch.device(device), layout)
     storage.requested_layout = None if weight.entry is None else weight.entry.requested_layout
     if weight.row_order == "interleaved":

@@ -15,7 +15,7 @@ import torch
 from shuffled_tensor.checkpoint.source import BROKEN, CheckpointError, parse_json
 from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import BLOCK, CODES, Part
-from shuffled_tensor.tensor.geometry import Geometry
+from shuffled_tensor.tensor.geometry import ALIGN, Geometry
 
 __all__ = ["Entry", "dump", "parse"]
 
@@ -45,10 +45,12 @@ class Entry(NamedTuple):
     """The one that the weight was made for, if it was."""
     checksum: str
     """``logical_checksum()``."""
+    align: tuple[int, int] = ALIGN
+    """What the stored bytes are padded to multiples of, where they are padded."""
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.shape[-2], self.shape[-1], self.gate_up)
+        return Geometry(self.shape[-2], self.shape[-1], self.gate_up, self.align)
 
     def stored_shape(self, part: Part) -> tuple[int, ...]:
         """Of ``<name>.qdata`` or ``<name>.scale``."""
@@ -139,6 +141,9 @@ def _entry(raw: dict[str, Any]) -> Entry:
         checksum,
     )
     _check_keys(raw, "kind", "gate_up", "shape", "padded", "dtype", "shuffle_kind", "checksum")
+    if isinstance(raw["padded"], list):
+        found = Geometry.of_codes(*entry.geometry[:3], raw["padded"])
+        entry = entry if found is None else entry._replace(align=found.align)
     if raw["padded"] != entry.padded or any(type(size) is not int for size in raw["padded"] or ()):
         raise ValueError(f"padded sizes {raw['padded']} for layout {entry.layout.name!r}, which has {entry.padded}")
     return entry

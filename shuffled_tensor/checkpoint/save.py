@@ -99,6 +99,7 @@ def _entry(tensor: ShuffledMXFP4Tensor, layout: str) -> manifest.Entry:
         tensor.dtype,
         storage.requested_layout,
         tensor.logical_checksum(),
+        storage.geometry.align,
     )
 
 

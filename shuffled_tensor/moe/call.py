@@ -238,8 +238,10 @@ def unpack(given: Iterable[Any], *, packed: bool) -> MoECall[Any]:
     if packed:
         for place in _WEIGHTS:
             qdata, scale, layout, rows, columns = arguments[place : place + len(_WEIGHT)]
-            geometry = Geometry(rows, columns, gate_up=ARGUMENTS[place] == "w13")
-            weight = PackedWeight(qdata, scale, find_layout(layout), geometry)
+            gate_up = ARGUMENTS[place] == "w13"
+            geometry = Geometry.of_codes(rows, columns, gate_up, qdata.shape[1:])
+            # of other shapes `check` says what they must be
+            weight = PackedWeight(qdata, scale, find_layout(layout), geometry or Geometry(rows, columns, gate_up))
             arguments[place : place + len(_WEIGHT)] = [weight]
     for place in _DTYPES:
         if place < len(arguments):
@@ -274,7 +276,13 @@ def check(call: MoECall[PackedWeight]) -> None:
         if weight.geometry[:2] != sizes:
             raise ValueError(f"{name} must have {sizes[0]} rows and {sizes[1]} columns, found {weight.geometry[:2]}")
         for part, data in zip(PARTS, weight[:2], strict=True):
-            _check_shape(f"{name}_{part}", data, (experts, *weight.geometry.padded_shape(part)))
+            shape = experts, *weight.geometry.padded_shape(part)
+            if part is CODES and data.shape[1:] != shape[1:]:
+                raise ValueError(
+                    f"{name}_{part} must be {list(shape)}, or as a smaller align= pads it, found shape "
+                    f"{list(data.shape)}"
+                )
+            _check_shape(f"{name}_{part}", data, shape)
     if call.topk_ids.dim() != 2 or call.topk_ids.shape[0] != tokens:
         raise ValueError(f"topk_ids must be [{tokens}, topk], found shape {list(call.topk_ids.shape)}")
     _check_dtype("topk_ids", call.topk_ids, _ID_DTYPES)

@@ -3,14 +3,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import product
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from shuffled_tensor.layouts import round_up
-from shuffled_tensor.mxfp4 import BLOCK, Part
+from shuffled_tensor.layouts import LAYOUTS, round_up
+from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS, Part
 
-__all__ = ["PADDING", "Geometry", "RowOrder", "ShardDim", "Window", "check_rank", "shard_range", "slice_of"]
+__all__ = [
+    "ALIGN",
+    "Align",
+    "Geometry",
+    "RowOrder",
+    "ShardDim",
+    "Window",
+    "align_of",
+    "aligns_of_layer",
+    "check_rank",
+    "shard_range",
+    "slice_of",
+]
 
 RowOrder = Literal["contiguous", "interleaved"]
 """How the rows of a gate-up weight come: all gate rows, then all up rows; or g0, u0, g1, u1, ..."""
@@ -18,17 +33,65 @@ RowOrder = Literal["contiguous", "interleaved"]
 ShardDim = Literal["expert", "intermediate"]
 """What a weight is parted along: experts, or the dimension between the two GEMMs."""
 
-PADDING = 256
-"""Rows (of each gate and up half) and columns are padded to multiples of this, so that the w13 and w2 of one layer
-agree on both and every layout tiles them."""
+Align = int | tuple[int, int]
+"""What rows (of each gate and up half) and columns are padded to multiples of: one number, or one for each. Of a layer:
+the hidden and the intermediate size."""
+
+ALIGN = (256, 256)
+"""The default: what aiter's kernels take."""
+
+_ALIGNS = (256, 128, 64, 32)
+
+_TILES = {
+    (part, gate_up): tuple(
+        math.lcm(*(getattr(layout.order(part, gate_up), of) for layout in LAYOUTS.values()))
+        for of in ("row_tile", "columns")
+    )
+    for part, gate_up in product(PARTS, (True, False))
+}
+"""Rows of each half, and columns, that every layout tiles."""
+
+
+def align_of(align: Align, sizes: str = "rows of each half, columns") -> tuple[int, int]:
+    """An argument ``align`` as a pair.
+
+    Raises:
+        ValueError: it is none.
+    """
+    pair = align if isinstance(align, tuple) else (align, align)
+    if len(pair) != 2 or not all(type(size) is int and size in _ALIGNS for size in pair):
+        raise ValueError(f"align must be 32, 64, 128 or 256, or two of them ({sizes}), found {align!r}")
+    return pair
+
+
+def aligns_of_layer(align: Align) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of w13 and of w2, for an ``align`` of a layer: one number, or one for the hidden and one for the intermediate
+    size.
+
+    Raises:
+        ValueError: it is none.
+    """
+    hidden, intermediate = align_of(align, "hidden, intermediate")
+    return (intermediate, hidden), (hidden, intermediate)
 
 
 class Geometry(NamedTuple):
-    """Logical and padded sizes of one expert: ``rows`` is N and ``columns`` K, both logical."""
+    """Logical and padded sizes of one expert: ``rows`` is N and ``columns`` K, both logical.
+
+    ``align`` is kept, and not what it makes of these sizes, because other sizes are cut out of a weight.
+    """
 
     rows: int
     columns: int
     gate_up: bool
+    align: tuple[int, int] = ALIGN
+
+    @classmethod
+    def of_codes(cls, rows: int, columns: int, gate_up: bool, shape: Sequence[int]) -> Geometry | None:
+        """The one that pads an expert's codes to `shape`, in rows and bytes: by the largest of several ``align``; None
+        where no ``align`` does."""
+        every = (cls(rows, columns, gate_up, align) for align in product(_ALIGNS, _ALIGNS))
+        return next((one for one in every if one.padded_shape(CODES) == tuple(shape)), None)
 
     @property
     def halves(self) -> int:
@@ -36,19 +99,34 @@ class Geometry(NamedTuple):
 
     @property
     def padded_rows(self) -> int:
-        return self.halves * round_up(self.rows // self.halves, PADDING)
+        """Of the codes."""
+        return self._padded(CODES)[0]
 
     @property
     def padded_columns(self) -> int:
-        return round_up(self.columns, PADDING)
+        """Of the codes."""
+        return self._padded(CODES)[1]
 
     @property
-    def padded(self) -> bool:
-        return (self.padded_rows, self.padded_columns) != (self.rows, self.columns)
+    def sizes(self) -> tuple[int, int, bool, int, int]:
+        """Logical and padded ones: where they are equal, equal values in one layout are equal bytes."""
+        return *self[:3], *self._padded(CODES)
+
+    def shape(self, part: Part) -> tuple[int, int]:
+        """Of one expert's logical codes or scales, in rows and bytes."""
+        return self.rows, self.columns // part.per_byte
 
     def padded_shape(self, part: Part) -> tuple[int, int]:
         """Of one expert's codes or scales, in rows and bytes."""
-        return self.padded_rows, self.padded_columns // part.per_byte
+        rows, columns = self._padded(part)
+        return rows, columns // part.per_byte
+
+    def _padded(self, part: Part) -> tuple[int, int]:
+        """Rows and columns: what is asked for, and what the tiles need beyond that, which for scales is more."""
+        each, columns = self.rows // self.halves, self.columns
+        for row_multiple, column_multiple in (self.align, _TILES[part, self.gate_up]):
+            each, columns = round_up(each, row_multiple), round_up(columns, column_multiple)
+        return self.halves * each, columns
 
     def halves_of(self, part: Part, packed: Tensor) -> Tensor:
         """The logical part of row-major padded codes or scales ``[E, padded_rows, bytes]``: a view ``[E, halves, rows /

@@ -188,15 +188,15 @@ def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> Shuffled
 
 @copies(aten.cat.default)
 def cat(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
-    """Experts, rows or columns of several tensors behind each other, in the layout of the first; formats and shapes are
-    checked. Rows are gate and up rows where they are both halves of gate-up weights, all gate rows first."""
+    """Experts, rows or columns of several tensors behind each other, laid out and padded as the first; formats and
+    shapes are checked. Rows are gate and up rows where they are both halves of gate-up weights, all gate rows first."""
     first = _first_of(tensors, dim)
     return _joined(first, tensors) if _axis(first, dim) == "experts" else _joined_inside(first, tensors, dim)
 
 
 @copies(aten.stack.default)
 def stack(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
-    """Single experts to one tensor, in the layout of the first; formats and shapes are checked."""
+    """Single experts to one tensor, laid out and padded as the first; formats and shapes are checked."""
     first = _first_of(tensors)
     if first.dim() != 2 or dim not in (0, -3):
         raise NotImplementedError(
@@ -459,12 +459,12 @@ def _bytes_of(self: ShuffledMXFP4Tensor) -> tuple[Tensor, Tensor]:
     return self._storage.select(self._window.experts)
 
 
-def _materialized(self: ShuffledMXFP4Tensor) -> PackedStorage:
-    """A view of rows or columns as a storage of its own, in the same layout. Only whole experts keep gate and up
-    apart."""
+def _materialized(self: ShuffledMXFP4Tensor, align: tuple[int, int] | None = None) -> PackedStorage:
+    """A view of rows or columns as a storage of its own, in the same layout, and padded as it is or to multiples of
+    `align`. Only whole experts keep gate and up apart."""
     storage = self._storage
     parts = (data.contiguous() for data in storage.read(self._window))
-    return storage.packed_alike(*parts, gate_up=self.gate_up)
+    return storage.packed_alike(*parts, gate_up=self.gate_up, align=align)
 
 
 def _map_bytes(
@@ -482,7 +482,7 @@ def _same_bytes(self: ShuffledMXFP4Tensor, other: ShuffledMXFP4Tensor) -> bool:
     """Whether equal values are equal bytes."""
     own, others = self._storage, other._storage
     whole = not (self.is_part_of_experts or other.is_part_of_experts)
-    return whole and (own.layout, own.geometry) == (others.layout, others.geometry)
+    return whole and (own.layout, own.geometry.sizes) == (others.layout, others.geometry.sizes)
 
 
 def _first_of(tensors: list[Tensor], dim: int | None = None) -> ShuffledMXFP4Tensor:
@@ -519,11 +519,12 @@ def _joined(first: ShuffledMXFP4Tensor, tensors: list[Any]) -> ShuffledMXFP4Tens
     with locked(*(tensor._storage for tensor in tensors)):
         for tensor in tensors:
             tensor._storage.check_readable()
-            alike = tensor if _same_bytes(first, tensor) else tensor.clone()
-            if alike is not tensor:
-                alike._storage.requested_layout = None
-                alike._storage.convert_layout_(first._storage.layout)
-            parts.append(_bytes_of(alike))
+            if _same_bytes(first, tensor):
+                parts.append(_bytes_of(tensor))
+            else:
+                alike = _materialized(tensor, first._storage.geometry.align)
+                alike.convert_layout_(first._storage.layout)
+                parts.append((alike.qdata, alike.scale))
         qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
     storage = _materialized(first) if first.is_part_of_experts else first._storage
     return first._like(storage.with_bytes(qdata, scale))

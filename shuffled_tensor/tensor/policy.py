@@ -21,7 +21,7 @@ class KernelOperands(NamedTuple):
 
     Attributes:
         weight: float4_e2m1fn_x2 ``[E, padded N, padded K/2]``, with the attributes that the installed kernels read.
-        scale: uint8 ``[E, padded N, padded K/32]``.
+        scale: uint8 ``[E, padded N, padded K/32]``, K to a multiple of 256.
         gate_mode: the ``gate_mode`` that a call of those kernels with this weight must be given.
     """
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS
 from shuffled_tensor.owners import is_real
-from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window
+from shuffled_tensor.tensor.geometry import ALIGN, Geometry, RowOrder, Window, align_of
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -43,15 +43,16 @@ def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> Pack
 
     Args:
         qdata, scale: row-major logical codes, uint8 ``[E, N, K/2]``, and scales, uint8 ``[E, N, K/32]``.
-        state: ``"gate_up"``, ``"shuffle_kind"`` and ``"row_order"`` (contiguous where it is missing), as the
-            constructor of the weight took them.
+        state: ``"gate_up"``, ``"shuffle_kind"``, and, where they are not those of a constructor that was not told,
+            ``"row_order"`` and ``"align"``, a pair.
 
     Raises:
         ValueError: the file is of a later version.
     """
-    _check_keys(state, "gate_up", "shuffle_kind", "row_order")
-    geometry = Geometry(qdata.shape[1], qdata.shape[2] * CODES.per_byte, state["gate_up"])
-    layout, row_order = layout_or_none(state["shuffle_kind"]), state.get("row_order", "contiguous")
+    _check_keys(state, "gate_up", "shuffle_kind", "row_order", "align")
+    align, layout = align_of(state.get("align", ALIGN)), layout_or_none(state["shuffle_kind"])
+    geometry = Geometry(qdata.shape[1], qdata.shape[2] * CODES.per_byte, state["gate_up"], align)
+    row_order = state.get("row_order", "contiguous")
     return _Unread(qdata, scale, geometry, requested_layout=layout, row_order=row_order)
 
 
@@ -101,7 +102,7 @@ class _Unread(PackedStorage):
             if type(self) is PackedStorage:
                 return  # another thread was faster
             qdata, scale = _QDATA.__get__(self), _SCALE.__get__(self)
-            packed = PackedStorage.pack(qdata, scale, gate_up=self.geometry.gate_up)
+            packed = PackedStorage.pack(qdata, scale, gate_up=self.geometry.gate_up, align=self.geometry.align)
             self.qdata, self.scale = packed.qdata, packed.scale
             self.__class__ = PackedStorage  # type: ignore[assignment]
             self.own()
@@ -142,12 +143,13 @@ def _reduce_storage(storage: PackedStorage) -> tuple[Any, ...]:
         data if data.untyped_storage().nbytes() == data.nbytes else data.clone(memory_format=torch.contiguous_format)
         for data in storage.canonical(storage.experts)
     )
-    state: dict[str, Any] = {
-        "gate_up": storage.geometry.gate_up,
-        "shuffle_kind": name_or_none(storage.requested_layout),
-    }
+    geometry, kind = storage.geometry, name_or_none(storage.requested_layout)
+    state: dict[str, Any] = {"gate_up": geometry.gate_up, "shuffle_kind": kind}
+    # a file of what there was first is as it was
     if storage.row_order != "contiguous":
         state["row_order"] = storage.row_order
+    if geometry.align != ALIGN:
+        state["align"] = geometry.align
     return rebuild_storage, (qdata, scale, state)
 
 
@@ -182,7 +184,7 @@ def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:
 def _receive_storage(
     qdata: Tensor,
     scale: Tensor,
-    geometry: tuple[int, int, bool],
+    geometry: tuple[Any, ...],
     layout: str,
     shuffle_kind: str | None,
     row_order: RowOrder,

@@ -33,7 +33,7 @@ class PackedStorage:
 
     Attributes:
         qdata: uint8 ``[E, padded_rows, padded_columns / 2]``.
-        scale: uint8 ``[E, padded_rows, padded_columns / 32]``.
+        scale: uint8 ``[E, padded_rows, padded_columns / 32]``, rounded up to whole tiles.
         geometry: logical and padded sizes.
         requested_layout: the one that the caller fixed, or None where a backend decides at first use.
         locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None.
@@ -115,7 +115,7 @@ class PackedStorage:
             storage.validity = owner.record
             storage.own()
         experts = storage.experts_of(qdata, scale)
-        if experts is None or storage.geometry != geometry:
+        if experts is None or storage.geometry.sizes != geometry.sizes:
             raise RuntimeError(
                 f"these bytes are a part of a weight of {storage.geometry}, but no experts of it; clone() them"
             )
@@ -142,26 +142,26 @@ class PackedStorage:
         scale: Tensor,
         *,
         gate_up: bool,
+        align: tuple[int, int],
         row_order: RowOrder = "contiguous",
         requested_layout: Layout | None = None,
     ) -> PackedStorage:
-        """From logical row-major uint8 ``[E, N, K/2]`` and ``[E, N, K/32]``. Takes the tensors over where nothing needs
+        """From logical row-major uint8 ``[E, N, K/2]`` and ``[E, N, K/32]``. Takes either tensor over where it needs no
         padding or reordering."""
+        geometry = Geometry(qdata.shape[1], qdata.shape[2] * mxfp4.CODES.per_byte, gate_up, align)
         interleaved = row_order == "interleaved"
-        geometry = Geometry(qdata.shape[1], qdata.shape[2] * mxfp4.CODES.per_byte, gate_up)
-        parts = zip(PARTS, (qdata, scale), strict=True)
-        if interleaved or geometry.padded:
-            qdata, scale = (geometry.pad(part, data, interleaved=interleaved) for part, data in parts)
-            return cls(qdata, scale, geometry, requested_layout=requested_layout, row_order=row_order)
-        # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often neither;
-        # and what is another weight's stays its own
-        qdata, scale = (
-            data.contiguous()
-            if data.storage_offset() % 16 == 0 and not owners.owned(data)
-            else data.clone(memory_format=torch.contiguous_format)
-            for _, data in parts
-        )
-        return cls(qdata, scale, geometry, requested_layout=requested_layout)
+
+        def own(part: Part, data: Tensor) -> Tensor:
+            if interleaved or geometry.padded_shape(part) != geometry.shape(part):
+                return geometry.pad(part, data, interleaved=interleaved)
+            # kernels and 16-byte moves need aligned, contiguous bytes; a tensor out of a safetensors file is often
+            # neither; and what is another weight's stays its own
+            if data.storage_offset() % 16 == 0 and not owners.owned(data):
+                return data.contiguous()
+            return data.clone(memory_format=torch.contiguous_format)
+
+        qdata, scale = map(own, PARTS, (qdata, scale))
+        return cls(qdata, scale, geometry, requested_layout=requested_layout, row_order=row_order)
 
     @classmethod
     def empty(cls, experts: int, geometry: Geometry, device: torch.device, layout: Layout) -> PackedStorage:
@@ -178,9 +178,12 @@ class PackedStorage:
         """Other bytes in the same layout: a copy, another device, some of the experts."""
         return PackedStorage(qdata, scale, self.geometry, self.layout, self.requested_layout, self.row_order)
 
-    def packed_alike(self, qdata: Tensor, scale: Tensor, *, gate_up: bool) -> PackedStorage:
-        """Other logical row-major bytes, in this layout."""
-        packed = PackedStorage.pack(qdata, scale, gate_up=gate_up, requested_layout=self.requested_layout)
+    def packed_alike(
+        self, qdata: Tensor, scale: Tensor, *, gate_up: bool, align: tuple[int, int] | None = None
+    ) -> PackedStorage:
+        """Other logical row-major bytes, in this layout, padded as these or to multiples of `align`."""
+        align = align or self.geometry.align
+        packed = PackedStorage.pack(qdata, scale, gate_up=gate_up, align=align, requested_layout=self.requested_layout)
         packed.validity.row_order = self.row_order if gate_up else "contiguous"
         packed.convert_layout_(self.layout)
         return packed

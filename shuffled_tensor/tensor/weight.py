@@ -26,7 +26,7 @@ from shuffled_tensor.tensor.checks import (
     check_row_order,
     whole_numbers,
 )
-from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, shard_range, slice_of
+from shuffled_tensor.tensor.geometry import ALIGN, Align, RowOrder, ShardDim, align_of, shard_range, slice_of
 from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.storage import PackedStorage
@@ -51,7 +51,7 @@ def _or_made_again(constructor: _Constructor) -> _Constructor:
                 f"a ShuffledMXFP4Tensor is made of qdata and scale, found a {type(args[0]).__name__} alone; quantise "
                 "float weights with ShuffledMXFP4Tensor.from_hp"
             )
-        fixed = sorted(named.keys() & {"gate_up", "row_order", "shuffle_kind", "dtype"})
+        fixed = sorted(named.keys() & {"gate_up", "row_order", "shuffle_kind", "dtype", "align"})
         if fixed:
             raise TypeError(
                 f"a ShuffledMXFP4Tensor is taken as it is, so {', '.join(fixed)} cannot be given with it; .to(dtype) "
@@ -83,17 +83,21 @@ class ShuffledMXFP4Tensor(Wrapper):
             silent. Held as contiguous: the logical value has gate rows first.
         shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the tensor.
         dtype: the logical dtype: bfloat16, float16, float32 or float64.
+        align: what rows (of gate and of up each) and columns are padded to multiples of: 32, 64, 128 or 256, or two of
+            them, (rows, columns). aiter's kernels are called with weights made with 256. Scales are padded further, to
+            what a layout needs: columns to a multiple of 256.
 
     The constructor takes ownership of its tensors: a later shuffle rewrites their bytes. Where another weight owns them
-    it copies, and where sizes are not multiples of 256: into rows (each of gate and up) and columns padded with zero
-    codes and scale 127; shape, value and checksum never show the padding.
+    it copies, and where sizes are not multiples of ``align``: into rows (each of gate and up) and columns padded with
+    zero codes and scale 127; shape, value and checksum never show the padding. What is cut out of the weight, copied or
+    joined to it is padded as it is.
 
     Raises:
         TypeError: a dtype that is none of the above; float weights go through :meth:`from_hp`. A ``gate_up`` that is
             neither True nor False.
         ValueError: a wrong rank, shapes that do not fit each other, experts without rows, K not a multiple of 32,
-            tensors on different devices, a missing or unknown ``row_order``, an unknown layout; memory of another
-            weight whose bytes are not row-major.
+            tensors on different devices, a missing or unknown ``row_order``, an unknown layout, another ``align``;
+            memory of another weight whose bytes are not row-major.
     """
 
     @_or_made_again
@@ -106,18 +110,24 @@ class ShuffledMXFP4Tensor(Wrapper):
         row_order: RowOrder | None = None,
         shuffle_kind: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        align: Align = ALIGN,
     ) -> ShuffledMXFP4Tensor:
         check_parts(qdata, scale)
         check_row_order(gate_up, row_order, qdata.shape[-2])
         check_logical_dtype(dtype)
-        layout = layout_or_none(shuffle_kind)
+        layout, pair = layout_or_none(shuffle_kind), align_of(align)
         with torch.no_grad():
             qdata, scale = (data.detach().view(torch.uint8) for data in (qdata, scale))
             rank = qdata.dim()
             if rank == 2:
                 qdata, scale = qdata.unsqueeze(0), scale.unsqueeze(0)
             storage = PackedStorage.pack(
-                qdata, scale, gate_up=gate_up, row_order=row_order or "contiguous", requested_layout=layout
+                qdata,
+                scale,
+                gate_up=gate_up,
+                align=pair,
+                row_order=row_order or "contiguous",
+                requested_layout=layout,
             )
         return cls._wrap(storage, storage.whole(), rank, dtype)
 
@@ -134,6 +144,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         row_order: RowOrder | None = None,
         shuffle_kind: str | None = None,
         scale_rule: ScaleRule = "even",
+        align: Align = ALIGN,
     ) -> ShuffledMXFP4Tensor:
         """Quantise a high-precision weight ``[E, N, K]`` (or ``[N, K]``), whose dtype becomes the logical dtype.
 
@@ -145,7 +156,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         """
         check_high_precision(weight)
         check_row_order(gate_up, row_order, weight.shape[-2])
-        layout_or_none(shuffle_kind)  # before anything is computed
+        layout_or_none(shuffle_kind), align_of(align)  # before anything is computed
         mxfp4.check_quantizable(weight, scale_rule)
         with torch.no_grad():
             qdata, scale = (
@@ -157,7 +168,15 @@ class ShuffledMXFP4Tensor(Wrapper):
             # quantising works on several float32 copies of its input
             for some in expert_chunks(len(weight), 4 * weight.shape[1:].numel()):
                 qdata[some], scale[some] = mxfp4.quantize(weight[some], scale_rule=scale_rule)
-        return cls(qdata, scale, gate_up=gate_up, row_order=row_order, shuffle_kind=shuffle_kind, dtype=weight.dtype)
+        return cls(
+            qdata,
+            scale,
+            gate_up=gate_up,
+            row_order=row_order,
+            shuffle_kind=shuffle_kind,
+            dtype=weight.dtype,
+            align=align,
+        )
 
     @property
     def shuffle_kind(self) -> str | None:

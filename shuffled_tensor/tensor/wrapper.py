@@ -109,8 +109,8 @@ class Wrapper(StorageTensor):
 
     @property
     def scale(self) -> Tensor:
-        """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E). Shares
-        the storage."""
+        """The e8m0 scales as they lie in memory, padded: uint8 ``[E, padded N, padded K/32]`` (or without E), K
+        to a multiple of 256. Shares the storage."""
         return self._own_bytes(SCALES)
 
     def data_ptr(self) -> int:

@@ -117,12 +117,15 @@ def order_by_formula(part: str, rows: int, width: int, layout: str, gate_up: boo
     return by_formula(part, torch.arange(rows * width).view(1, rows, width), layout, gate_up).flatten()
 
 
-def in_memory(parts: tuple[Tensor, Tensor], layout: str, *, gate_up: bool) -> tuple[Tensor, Tensor]:
+def in_memory(
+    parts: tuple[Tensor, Tensor], layout: str, *, gate_up: bool, align: tuple[int, int] = (256, 256)
+) -> tuple[Tensor, Tensor]:
     """Codes and scales ``[E, rows, bytes]`` padded, with every byte where the index formulas put it."""
     placed = []
     for part, per_byte, fill in zip(parts, (2, 32), (0, 127), strict=True):
         halves = part.chunk(2, 1) if gate_up else (part,)
-        pads = (0, -(part.shape[2] * per_byte) % 256 // per_byte, 0, -halves[0].shape[1] % 256)
+        columns = 256 if fill else align[1]  # scales always fill tiles of 8
+        pads = (0, -(part.shape[2] * per_byte) % columns // per_byte, 0, -halves[0].shape[1] % align[0])
         padded = torch.cat([F.pad(half, pads, value=fill) for half in halves], 1)
         if layout != "none":
             order = order_by_formula("scale" if fill else "weight", *padded.shape[1:], layout, gate_up)
@@ -131,11 +134,12 @@ def in_memory(parts: tuple[Tensor, Tensor], layout: str, *, gate_up: bool) -> tu
     return placed[0], placed[1]
 
 
-def assert_holds(weight: ShuffledMXFP4Tensor, parts: tuple[Tensor, Tensor], layout: str) -> None:
+def assert_holds(
+    weight: ShuffledMXFP4Tensor, parts: tuple[Tensor, Tensor], layout: str, *, align: tuple[int, int] = (256, 256)
+) -> None:
     """The weight says that it lies as `layout`, its bytes do, and they and their pads are those of `parts`."""
     assert (weight.is_shuffled, weight.shuffle_kind) == (layout != "none", layout if layout != "none" else None)
-    for part, found, expected in zip(
-        ("qdata", "scale"), (weight.qdata, weight.scale), in_memory(parts, layout, gate_up=weight.gate_up), strict=True
-    ):
+    memory = in_memory(parts, layout, gate_up=weight.gate_up, align=align)
+    for part, found, expected in zip(("qdata", "scale"), (weight.qdata, weight.scale), memory, strict=True):
         assert torch.equal(found, expected), part
     assert torch.equal(weight.dequantize(torch.float64), dense(*parts))

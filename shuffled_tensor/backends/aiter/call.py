@@ -14,6 +14,9 @@ from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
+_MULTIPLE = 256
+"""Of what the hidden and the intermediate size are, padded, in w13 and in w2."""
+
 
 def refuse(call: MoECall[PackedWeight]) -> str | None:
     """Why the kernels behind aiter would ignore or miscompute something in this call, or None."""
@@ -43,6 +46,13 @@ def refuse(call: MoECall[PackedWeight]) -> str | None:
     for name, qdata in (("w13", call.w13.qdata), ("w2", call.w2.qdata)):
         if not qdata.is_contiguous():
             return f"the experts of {name} are not contiguous in memory; .clone() them"
+    for name, of in (("w13", call.w13.geometry), ("w2", call.w2.geometry)):
+        rows, columns = of.padded_rows // of.halves, of.padded_columns
+        if rows % _MULTIPLE or columns % _MULTIPLE:  # else w13 and w2 agree: no align goes beyond the next multiple
+            return (
+                f"{name} is padded to {rows} rows{' of each half' * of.gate_up} and {columns} columns, not to "
+                f"multiples of {_MULTIPLE}; make the weights with align={_MULTIPLE}"
+            )
     hidden = call.w2.geometry.padded_rows
     if hidden <= installed.version.hidden_above:
         return (
