@@ -69,7 +69,7 @@ def survives(traced: Traced, budget: float, change: Change, tree: Path) -> int:
     """0 where no test notices; 1 is for errors of the tool itself."""
     import pytest
 
-    shutil.copytree(PACKAGE, tree / PACKAGE.name, dirs_exist_ok=True, ignore=LEFT_OUT)  # the last one was another's
+    shutil.copytree(tree.with_name("package"), tree / PACKAGE.name, dirs_exist_ok=True)  # the last one was another's
     changed = tree / change.path
     changed.write_bytes(change.of(changed.read_bytes()))
     signal.alarm(120)  # for what runs at import
@@ -85,6 +85,7 @@ def survives(traced: Traced, budget: float, change: Change, tree: Path) -> int:
 def plant(first: Path, jobs: int) -> list[Path]:
     """Copies of the repository in which nothing has to be compiled again."""
     shutil.copytree(ROOT, first, ignore=LEFT_OUT)
+    shutil.copytree(first / PACKAGE.name, first.with_name("package"))  # whatever happens to the repository meanwhile
     for _, code, _ in processes.each([first], lambda _, tree: processes.pytest_in(tree, "--collect-only"), [first]):
         if code:
             raise SystemExit(processes.output(first).read_text())
