@@ -184,7 +184,8 @@ def main() -> int:
         todo = [*unchanged, *waiting]
         for change, code, tree in processes.each(todo, partial(survives, traced, given.budget), trees, deadline):
             if code == 1:
-                raise SystemExit(processes.output(tree).read_text())
+                print(f"could not be tried: {change}\n{processes.output(tree).read_text()}", flush=True)
+                continue
             result = {0: "survived", -signal.SIGALRM: "timed out"}.get(code, "noticed")
             by = running(tree).read_text() if code else None
             if change in unchanged:
