@@ -125,7 +125,7 @@ def quantize(values: Tensor, *, scale_rule: ScaleRule = "even") -> tuple[Tensor,
     codes = torch.bucketize(scaled, boundaries, out_int32=True).to(torch.uint8)
     codes |= (bits >> 28 & 8).to(torch.uint8)  # the sign
     codes = codes.flatten(-2)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), scale
+    return codes[..., ::2] | (codes[..., 1::2] << 4), scale
 
 
 def check_quantizable(values: Tensor, scale_rule: str) -> None:
@@ -193,7 +193,7 @@ def _as_bytes(qdata: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def _values_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[256 scales * 256 bytes, 2]``: what each byte of two codes is under each scale."""
     codes = torch.tensor(_BYTE_VALUES, dtype=torch.float32, device=device).flatten()
-    exponent = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(-1)
+    exponent = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(1)
     if dtype is torch.float64:
         powers = ((exponent.long() + 896) << 52).view(torch.float64)
         return torch.where(exponent == 255, math.nan, codes.double() * powers).view(-1, 2)

@@ -92,13 +92,14 @@ def test_quantise_by_definition(rule: str, exponent: int, amax: float, rest: lis
 @pytest.mark.parametrize(
     ("rule", "amax", "byte"),
     [
-        ("floor", 4.0, 127), ("floor", 7.999, 127), ("floor", 8.0, 128),
-        ("even", 6.999, 127), ("even", 7.0, 128), ("even", 4.0, 127),
-        ("round_up", 6.0, 127), ("round_up", 6.0001, 128), ("round_up", 3.0, 126), ("round_up", 3.001, 127),
-        ("amax4", 4.0, 127), ("amax4", 5.999, 127), ("amax4", 6.0, 128), ("amax4", 8.0, 128),
+        ("floor", 4.0, 127), ("floor", 8 - 2**-21, 127), ("floor", 8.0, 128),
+        ("even", 7 - 2**-21, 127), ("even", 7.0, 128), ("even", 4.0, 127),
+        ("round_up", 6.0, 127), ("round_up", 6 + 2**-21, 128), ("round_up", 3.0, 126), ("round_up", 3 + 2**-22, 127),
+        ("amax4", 4.0, 127), ("amax4", 6 - 2**-21, 127), ("amax4", 6.0, 128), ("amax4", 8.0, 128),
     ],
 )  # fmt: skip
 def test_scale_rules_at_their_thresholds(rule: str, amax: float, byte: int) -> None:
+    """And at the float32 just before or after."""
     _, scale = quantize(torch.full((32,), amax), scale_rule=rule)
     assert scale.tolist() == [byte]
 
@@ -127,6 +128,18 @@ def test_zero_blocks_keep_their_signs(rule: str) -> None:
     assert scale.tolist() == [0]
     assert codes_of(qdata).tolist() == [0, 8] * 16
     assert torch.equal(dequantize(qdata, scale).signbit(), block.signbit())
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_the_smallest_amax_of_all(rule: str) -> None:
+    """float32 divides 2**-149 by 6, and 2**-148, to nothing; from 3 * 2**-149 on something is left."""
+    for units in range(1, 9):
+        block = torch.zeros(32, dtype=torch.float64)
+        block[5] = units * 2.0**-149
+        qdata, scale = quantize(block, scale_rule=rule)
+        something = float(block[5].float() * (1 / 6)) > 0
+        assert int(scale) == (1 if rule == "round_up" and something else 0)
+        assert not qdata.any()
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
@@ -178,6 +191,8 @@ def test_bad_input() -> None:
         quantize(coded(32))
     with pytest.raises(ValueError, match=r"multiple of 32, found shape \[2, 33\]"):
         quantize(torch.zeros(2, 33))
+    with pytest.raises(ValueError, match=r"multiple of 32, found shape \[\]"):
+        quantize(torch.tensor(1.0))
     with pytest.raises(
         ValueError, match="unknown scale_rule 'ceil'; known rules: 'floor', 'even', 'round_up', 'amax4'"
     ):
@@ -247,6 +262,7 @@ def test_every_value_while_subnormal_numbers_are_flushed(dtype: torch.dtype, flu
 def test_bad_bytes() -> None:
     qdata, scale = coded(2, 32), coded(2, 2)
     cases: dict[str, tuple[Any, ...]] = {
+        "one number": (qdata[0, 0], scale[0, 0]),
         "float scales": (qdata, scale.float()),
         "int32 scales": (qdata, scale.int()),
         "fp4 scales": (qdata, scale.view(torch.float4_e2m1fn_x2)),
@@ -277,6 +293,7 @@ def test_bad_bytes() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
+one number: ValueError: for K columns, a multiple of 32, qdata must be [..., K/2] and scale [..., K/32], found shapes [] and []
 float scales: TypeError: scale must be torch.uint8 or torch.float8_e8m0fnu or torch.int8, found torch.float32
 int32 scales: TypeError: scale must be torch.uint8 or torch.float8_e8m0fnu or torch.int8, found torch.int32
 fp4 scales: TypeError: scale must be torch.uint8 or torch.float8_e8m0fnu or torch.int8, found torch.float4_e2m1fn_x2

@@ -75,6 +75,17 @@ def test_shuffled_bytes_are_not_taken_for_plain_ones(
     take(qdata.clone(), scale.clone())  # and these are nobody's
 
 
+@pytest.mark.parametrize("take", ["the constructor", "dequantize"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_part_that_is_shuffled_is_enough(layout: str, take: str) -> None:
+    codes, scales = marked_parts(*SHAPE)
+    weight = weight_of((codes, scales)).shuffle_(layout)
+    with pytest.raises(ValueError, match="^qdata is memory of a ShuffledMXFP4Tensor"):
+        TAKERS[take](weight.qdata, scales.clone())
+    with pytest.raises(ValueError, match="^scale is memory of a ShuffledMXFP4Tensor"):
+        TAKERS[take](codes.clone(), weight.scale)
+
+
 def test_wrapping_finds_shuffled_bytes_before_it_changes_anything() -> None:
     module = nn.Module()
     shuffled = ShuffledMXFP4Tensor(*marked_parts(2, 256, 128), gate_up=False).shuffle_("mxfp4_moe")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.resources
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import shuffled_tensor
-from shuffled_tensor import cli
+from shuffled_tensor import LAYOUTS, Explanation, Finding, cli
+from shuffled_tensor.mxfp4 import CODES
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +56,13 @@ def test_the_version_is_what_is_cited() -> None:
 
 
 # --- What `import shuffled_tensor` brings
+
+
+def test_tables_and_reports_cannot_be_changed() -> None:
+    """All weights of a process are read by the same tables."""
+    for row in (LAYOUTS["mxfp4_moe"], CODES, Finding(*8 * [None]), Explanation(*8 * [None])):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(row, dataclasses.fields(row)[0].name, "another")
 
 
 def test_every_public_name_is_there() -> None:

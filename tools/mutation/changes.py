@@ -59,13 +59,15 @@ def changes(path: str, source: bytes) -> Iterator[Change]:
     """All that still compile, in the order of the file."""
     starts = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
     for change, node, changed in _walk(ast.parse(source), Change(path)):
+        start = starts[node.lineno - 1] + node.col_offset
+        stop = starts[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
         found = replace(
             change,
             line=node.lineno,
-            original=ast.unparse(node),
+            original=" ".join(source[start:stop].decode().split()),  # unparsed, f-strings differ from Python to Python
             changed=changed,
-            start=starts[node.lineno - 1] + node.col_offset,
-            stop=starts[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0),
+            start=start,
+            stop=stop,
             inserted=(changed if isinstance(node, (ast.stmt, ast.Slice)) else f"({changed})").encode(),
         )
         try:

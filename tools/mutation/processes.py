@@ -24,8 +24,11 @@ _Task = TypeVar("_Task")
 
 def each(
     tasks: Iterable[_Task], work: Callable[[_Task, Path], int], trees: list[Path], deadline: float = float("inf")
-) -> Iterator[tuple[_Task, bool]]:
-    """The tasks as they end, each with whether its work returned 0. One is done in each tree at a time."""
+) -> Iterator[tuple[_Task, int, Path]]:
+    """The tasks as they end, each with what its work returned, or minus the signal that ended it, and its tree.
+
+    One is done in each tree at a time; the next one in that tree begins when this generator is asked again.
+    """
     waiting, free = iter(tasks), [*trees]
     running: dict[int, tuple[_Task, Path]] = {}
     try:
@@ -42,7 +45,7 @@ def each(
             task, tree = running.pop(process)
             _end(process)
             free.append(tree)
-            yield task, status == 0
+            yield task, os.waitstatus_to_exitcode(status), tree
     finally:
         for process in running:
             _end(process)

@@ -9,10 +9,11 @@ import signal
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mutation import processes
 from mutation.changes import Change
@@ -23,6 +24,8 @@ __all__ = ["Traced", "trace"]
 UNTRACED = ("tests/test_compile.py",)
 CALLS = 100
 """Of one function in one test that are traced; more would only take time."""
+PART = 8192
+"""Bytes of a test file for each of the processes in which its tests are traced."""
 
 _Lines = set[tuple[str, int]]
 
@@ -30,15 +33,15 @@ _Lines = set[tuple[str, int]]
 class Traced:
     """What is known of the tests that pass: their seconds, and by file and line which of them run it."""
 
-    def __init__(self, files: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, parts: Iterable[dict[str, Any]]) -> None:
         self.seconds: dict[str, float] = {}
         self._imported: _Lines = set()
         self._by_line: dict[tuple[str, int], set[str]] = defaultdict(set)
         self._by_file: dict[str, set[str]] = defaultdict(set)
         self._elsewhere: set[str] = set()  # these run in another process, or are not traced
-        for file in files.values():
-            self._imported |= {(path, line) for path, lines in file["imported"].items() for line in lines}
-            for name, test in file["tests"].items():
+        for part in parts:
+            self._imported |= {(path, line) for path, lines in part["imported"].items() for line in lines}
+            for name, test in part["tests"].items():
                 self.seconds[name] = test["seconds"]
                 if not test["lines"]:
                     self._elsewhere.add(name)
@@ -77,54 +80,65 @@ class Traced:
 
 def trace(package: Path, files: list[str], kept: Path, trees: list[Path], deadline: float) -> Traced:
     """Of some test files. What ``kept`` has of the same package and the same test file is believed."""
-    known = json.loads(kept.read_text()) if kept.exists() else {}
     root = package.parent
     shared = _digest(*sorted(package.rglob("*.py")), *sorted((root / "tests" / "support").glob("*.py")))
-    known = {key: value for key, value in known.items() if key.startswith(shared)}
-    keys = {file: shared + _digest(root / file) for file in files}
-    missing = [file for file in files if keys[file] not in known]
-    missing.sort(key=lambda file: -(root / file).stat().st_size)  # the longest first
-    for file, done in processes.each(missing, lambda file, tree: _trace(tree / package.name, file), trees, deadline):
-        if not done:
-            print(f"{file} could not be traced, and is left out", flush=True)
-            continue
-        known[keys[file]] = json.loads(_result(trees[0], file).read_text())
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(known))
-        print(f"traced {file}: {len(known[keys[file]]['tests'])} tests", flush=True)
-    return Traced({file: known[key] for file, key in keys.items() if key in known})
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    known = {part["key"]: part for part in map(json.loads, lines) if part["key"].startswith(shared)}
+    sizes = {file: (root / file).stat().st_size for file in files}
+    parts = [_Part(file, first, 1 + sizes[file] // PART) for file in files for first in range(1 + sizes[file] // PART)]
+    keys = {part: f"{shared}{_digest(root / part.file)} {part.first} {part.step}" for part in parts}
+    missing = [part for part in parts if keys[part] not in known]
+    kept.parent.mkdir(exist_ok=True)
+    with kept.open("w") as file:
+        for part in known.values():
+            print(json.dumps(part), file=file)
+        for part, code, tree in processes.each(missing, partial(_trace, package.name), trees, deadline):
+            if code:
+                print(f"{part} could not be traced, and is left out: {processes.output(tree).read_text()}", flush=True)
+                continue
+            found = known[keys[part]] = {"key": keys[part], **json.loads(_result(tree).read_text())}
+            print(json.dumps(found), file=file, flush=True)
+            print(f"traced {len(found['tests'])} of {part}; failed: {' '.join(found['failed']) or 'none'}", flush=True)
+    return Traced(known[key] for key in keys.values() if key in known)
 
 
 def _digest(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def _trace(package: Path, file: str) -> int:
-    tree = package.parent
-    recorder = _Recorder(package, traces=file not in UNTRACED)
+class _Part(NamedTuple):
+    """Every so many tests of a file."""
+
+    file: str
+    first: int
+    step: int
+
+
+def _trace(package: str, part: _Part, tree: Path) -> int:
+    recorder = _Recorder(tree / package, part)
     recorder.start()
-    processes.pytest_in(tree, file, plugin=recorder)
+    processes.pytest_in(tree, part.file, plugin=recorder)
     sys.settrace(None)
-    _result(tree, file).write_text(json.dumps(recorder.result()))
+    _result(tree).write_text(json.dumps(recorder.result()))
     return 0
 
 
-def _result(tree: Path, file: str) -> Path:
-    return tree.with_name(f"{Path(file).stem}.json")
+def _result(tree: Path) -> Path:
+    return tree.with_suffix(".json")
 
 
 class _Recorder:
     """A plugin of pytest."""
 
-    def __init__(self, package: Path, traces: bool) -> None:
-        self.package, self.traces = str(package), traces
+    def __init__(self, package: Path, part: _Part) -> None:
+        self.package, self.part = str(package), part
         self.calls: Counter[CodeType] = Counter()
         self.lines: _Lines = set()
         self.imported: _Lines | None = None
         self.tests: dict[str, dict[str, Any]] = {}
 
     def start(self) -> None:
-        if self.traces:
+        if self.part.file not in UNTRACED:
             threading.settrace(self._call)
             sys.settrace(self._call)
 
@@ -140,18 +154,22 @@ class _Recorder:
             self.lines.add((frame.f_code.co_filename, frame.f_lineno))
         return self._line
 
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = items[self.part.first :: self.part.step]
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         if self.imported is None:
             self.imported = self.lines
         signal.alarm(600)  # it hangs
         self.calls.clear()
         self.lines = set()
-        self.tests[nodeid] = {"seconds": 0.0, "passed": True}
+        self.tests[nodeid] = {"seconds": 0.0, "outcome": "passed"}
         self.start()  # again, where a test has set its own
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.tests[report.nodeid]["seconds"] += report.duration
-        self.tests[report.nodeid]["passed"] &= report.passed
+        if not report.passed:
+            self.tests[report.nodeid]["outcome"] = report.outcome
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.tests[nodeid]["lines"] = self._by_file(self.lines)
@@ -163,5 +181,7 @@ class _Recorder:
         return found
 
     def result(self) -> dict[str, Any]:
-        tests = {name: test for name, test in self.tests.items() if test.pop("passed")}
-        return {"imported": self._by_file(self.imported or set()), "tests": tests}
+        outcomes = {name: test.pop("outcome") for name, test in self.tests.items()}
+        tests = {name: test for name, test in self.tests.items() if outcomes[name] == "passed"}
+        failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
+        return {"imported": self._by_file(self.imported or set()), "tests": tests, "failed": failed}
