@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
@@ -387,6 +388,8 @@ def _on_values(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> An
 def _rearranged(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
     """A plain copy of the values, which refuses to be written: that would change nothing here."""
     values: Tensor = _on_values(operator, *args, **kwargs)
+    if isinstance(values, FunctionalTensor):  # in a graph: torch refuses to write it
+        torch._freeze_functional_tensor(values.elem)  # type: ignore[attr-defined]
     return values.as_subclass(Values) if is_real(values) else values
 
 
