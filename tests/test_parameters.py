@@ -114,7 +114,7 @@ def test_a_parameter_is_made_again_of_its_data_and_attributes() -> None:
     assert vars(with_attributes) == {"_is_param": True, "weight_loader": print, "extra": {"tp": 2}}
     for made in (again, with_attributes):
         assert_holds(made, parts, "mxfp4_moe")
-        assert made.data_ptr() == parameter.data_ptr()
+        assert made.qdata.data_ptr() == parameter.qdata.data_ptr()
     parameter.unshuffle_()
     assert not again.is_shuffled  # one state
     assert type(parameter)(parameter.to("meta"), **attributes).is_meta

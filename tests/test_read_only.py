@@ -17,6 +17,9 @@ from shuffled_tensor import ShuffledMXFP4Tensor
 from .support.bytes import marked_parts, weight_of
 from .support.judges import dense
 
+# bytes move in elements of 16
+pytestmark = pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+
 SHAPE = (2, 512, 512)
 
 REARRANGED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -113,3 +116,75 @@ def test_layers_that_transpose_it(backend: str | None, mode: Callable[[], Any]) 
     for value, right in zip(found, layers(x, expected), strict=True):
         assert torch.allclose(value, right, rtol=1e-12)
     assert all(type(value) is Tensor for value in found[:3])
+
+
+TORCH_REFUSES = "cannot mutate tensors with frozen storage|more than one element of the written-to tensor"
+WRITES_TRACED: dict[str, Callable[[Tensor], Any]] = {
+    name: WRITES[name] for name in ("zero_", "copy_", "[...] =", "+=", "foreach", "a part", "a part of a part")
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", WRITES_TRACED)
+def test_writes_in_a_compiled_function_are_refused(write: str, mode: Callable[[], Any]) -> None:
+    """When it is traced, since a graph has no place for them."""
+    weight, expected = one()
+    for rearranged, of in REARRANGED.items():
+        torch._dynamo.reset()
+
+        def writes(w: Tensor, of: Callable[[Tensor], Tensor] = of) -> Tensor:
+            values = of(w)
+            WRITES_TRACED[write](values)
+            return values.sum()
+
+        with mode(), pytest.raises(Exception, match=TORCH_REFUSES):
+            torch.compile(writes, fullgraph=True, backend="aot_eager")(weight)
+        assert torch.equal(weight.dequantize(), expected), rearranged
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_function_writes_to_copies_of_it(backend: str) -> None:
+    torch._dynamo.reset()
+    weight, expected = one()
+
+    def mine(w: Tensor) -> list[Tensor]:
+        copied = w.T.clone()
+        copied.zero_()
+        flat = w.T.flatten()
+        flat += 1
+        return [copied, flat, torch.ones(512, 512, dtype=torch.float64).add_(w.T), torch.cat([w.T, w.T]).neg_()]
+
+    with torch.no_grad():
+        found = torch.compile(mine, fullgraph=True, backend=backend)(weight)
+    for value, right in zip(found, mine(expected), strict=True):
+        assert torch.equal(value, right)
+    assert torch.equal(weight.dequantize(), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_function_that_is_given_it(backend: str, mode: Callable[[], Any]) -> None:
+    weight, expected = one()
+    x = torch.randint(-2, 3, (3, 512)).double()
+
+    def read(values: Tensor) -> list[Tensor]:
+        mine = values.clone()
+        mine += 1
+        return [values + 1, values[3:5], x @ values, mine, torch.ones(512, 512, dtype=torch.float64).sub_(values)]
+
+    for of in (REARRANGED["T"], REARRANGED["transpose"]):
+        torch._dynamo.reset()
+        with mode():
+            values = of(weight)
+            found = torch.compile(read, backend=backend)(values)
+            torch._dynamo.reset()
+            with pytest.raises(Exception, match=r"not traced from outside; make it in the compiled function, of the"):
+                torch.compile(read, backend=backend, fullgraph=True)(values)
+            for name, write in WRITES_TRACED.items():
+                if name == "foreach":  # dynamo does not look into lists
+                    continue
+                with pytest.raises(RuntimeError, match="a copy of its values, so it would not reach the weight"):
+                    torch.compile(write, backend=backend)(values)
+                assert torch.equal(values, of(expected)), name
+        for value, right in zip(found, read(of(expected)), strict=True):
+            assert torch.allclose(value, right, rtol=1e-12)

@@ -218,7 +218,7 @@ def test_threads_use_a_weight_out_of_a_file_at_once() -> None:
     for _ in range(20):
         loaded = torch.load(in_the_old_format(weights()))["w13"]
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(ShuffledMXFP4Tensor.data_ptr, [loaded] * 8))
+            found = list(pool.map(lambda weight: weight.qdata.data_ptr(), [loaded] * 8))
         assert len(set(found)) == 1
         assert torch.equal(loaded.dequantize(torch.float64), dense(*w13_parts()))
 

@@ -240,7 +240,7 @@ def test_a_view_says_how_to_reach_its_bytes() -> None:
     [
         lambda weight: weight.qdata_view.data_ptr(),
         lambda weight: weight.qdata_view.untyped_storage().data_ptr(),
-        lambda weight: weight[:, :48].data_ptr(),
+        lambda weight: weight[:, :48].qdata.data_ptr(),
     ],
 )
 def test_bytes_without_a_place_have_no_address(pointer: Callable[[ShuffledMXFP4Tensor], int]) -> None:

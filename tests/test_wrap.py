@@ -78,7 +78,7 @@ def test_bytes_are_taken_over_where_nothing_needs_padding() -> None:
     names = {"w13": "gate_up", "w13_scale": "gate_up_s", "w2": "down", "w2_scale": "down_s"}
     wrap_experts_(module, row_order="contiguous", shuffle_kind="mxfp4_moe", **names)
     assert isinstance(module.gate_up, nn.Parameter)
-    assert module.gate_up.data_ptr() == codes.data_ptr()
+    assert module.gate_up.qdata.data_ptr() == codes.data_ptr()
     assert module.gate_up.scale.data_ptr() == scales.data_ptr()
     assert module.gate_up.shuffle_kind == "mxfp4_moe"
     assert list(module.state_dict()) == ["gate_up", "down"]

@@ -84,7 +84,8 @@ def _local_ids(call: MoECall[PackedWeight]) -> Tensor:
     ids, mask, experts = call.topk_ids.long(), call.expert_mask, len(call.w13.qdata)
     known = experts if mask is None else len(mask)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < known:
-        raise ValueError(f"topk_ids must be in 0..{known - 1}, found {ids.min().item()}..{ids.max().item()}")
+        accepted = f"in 0..{known - 1}" if known else "of no tokens, as there are no experts"
+        raise ValueError(f"topk_ids must be {accepted}, found {ids.min().item()}..{ids.max().item()}")
     if mask is None:
         return ids
     local = mask != 0

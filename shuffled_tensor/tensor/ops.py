@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map_only
 
 from shuffled_tensor import mxfp4
@@ -217,6 +218,23 @@ def zeros_like(
     return out
 
 
+@copies(aten.new_empty.default)
+def new_empty(
+    self: ShuffledMXFP4Tensor,
+    size: list[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **ignored: Any,
+) -> Tensor:
+    """Of its own shape a copy in the same layout, which is what the stager of ``dcp.async_save`` takes it for, and so
+    never reads memory that nobody wrote; else a plain tensor of the logical dtype."""
+    if tuple(size) == self.shape and (dtype or self.dtype) in mxfp4.LOGICAL_DTYPES:
+        return to_copy(self, dtype=dtype, device=device)
+    made: Tensor = _plain(aten.new_empty.default, self, size, dtype=dtype or self.dtype, device=device or self.device)
+    return made
+
+
 @copies(aten._pin_memory.default, aten.pin_memory.default)
 def pin_memory(self: ShuffledMXFP4Tensor, device: torch.device | None = None) -> ShuffledMXFP4Tensor:
     """A copy in page-locked memory, in the same layout."""
@@ -370,6 +388,8 @@ def _on_values(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> An
 def _rearranged(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
     """A plain copy of the values, which refuses to be written: that would change nothing here."""
     values: Tensor = _on_values(operator, *args, **kwargs)
+    if isinstance(values, FunctionalTensor):  # in a graph: torch refuses to write it
+        torch._freeze_functional_tensor(values.elem)  # type: ignore[attr-defined]
     return values.as_subclass(Values) if is_real(values) else values
 
 
@@ -411,7 +431,6 @@ def _plain(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args: An
 
 for _operator in (
     aten.new_zeros.default,
-    aten.new_empty.default,
     aten.new_full.default,
     aten.new_ones.default,
     aten.new_empty_strided.default,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4, owners
@@ -508,8 +509,10 @@ class PackedStorage:
 
     def dequantize(self, window: Window, dtype: torch.dtype) -> Tensor:
         """Logical values ``[len, rows, columns]``."""
-        out = torch.empty(window.shape, dtype=dtype, device=self.qdata.device)
-        with self.held():  # all of it at one time
+        # whoever makes a fake one of a view of a weight enters no fake mode
+        fake = self.qdata.fake_mode if isinstance(self.qdata, FakeTensor) else nullcontext()
+        with self.held(), fake:  # all of it at one time
+            out = torch.empty(window.shape, dtype=dtype, device=self.qdata.device)
             for place, experts in self.chunks(window.experts):
                 out[place] = mxfp4.dequantize(*self.read(window._replace(experts=experts)), dtype)
         return out

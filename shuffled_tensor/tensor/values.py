@@ -33,8 +33,11 @@ class Values(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # dynamo does not know the names of functions
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():  # dynamo does not know the names of functions, nor who may be written
+            torch._dynamo.graph_break(
+                msg="what transpose, permute or expand made of a ShuffledMXFP4Tensor is not traced from outside; make "
+                "it in the compiled function, of the weight, or pass its clone()"
+            )
         for written in tree_iter(list(_written(func, args, kwargs))):
             if isinstance(written, cls):
                 _refuse(func)
@@ -47,6 +50,14 @@ class Values(Tensor):
                 return found.as_subclass(cls) if any(_C._is_alias_of(given, found) for given in own) else found
 
             return tree_map_only(Tensor, seen, out)
+
+    # Who takes tensors apart for a compiler would look for the weight, of which view operators say that this is a view.
+    def _is_view(self) -> bool:
+        return False
+
+    @property
+    def _base(self) -> None:  # type: ignore[override]
+        return None
 
     # copies and files hold plain tensors
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -27,6 +27,27 @@ if TYPE_CHECKING:
 __all__ = ["Wrapper"]
 
 
+class _Nowhere(int):
+    """A 0 that says of what it is the address. By a plain one, who finds tied parameters by their addresses would take
+    any weight for any other, as accelerate's ``dispatch_model`` does, which puts one in the place of the rest."""
+
+    _of: tuple[int, ...]
+
+    def __new__(cls, *of: int) -> _Nowhere:
+        self = super().__new__(cls)
+        self._of = of
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self._of == other._of if isinstance(other, _Nowhere) else other == 0
+
+    def __ne__(self, other: object) -> bool:  # int has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._of)
+
+
 class Wrapper(StorageTensor):
     """Codes and scales of a window as a tensor of its logical shape and dtype."""
 
@@ -114,8 +135,13 @@ class Wrapper(StorageTensor):
         return self._own_bytes(SCALES)
 
     def data_ptr(self) -> int:
-        """The address of the codes: it stays through shuffles and refits."""
-        return self.qdata.data_ptr()
+        """0: there is no memory that holds ``numel()`` values of this dtype. The codes and scales have addresses, which
+        stay through shuffles and refits: ``qdata.data_ptr()`` and ``scale.data_ptr()``. Only tensors that start at the
+        same codes have an equal 0."""
+        codes = self._storage.qdata
+        if not is_real(codes):
+            return 0
+        return _Nowhere(self.bytes_around(CODES).data_ptr(), self._window.rows.start, self._window.columns.start)
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]

@@ -179,7 +179,7 @@ def snapshot(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     for name, tensor in model.named_parameters():
         if isinstance(tensor, ShuffledMXFP4Tensor):
             kind = list(LAYOUTS).index(tensor.shuffle_kind or "none")
-            found[name] = tensor.qdata.clone(), tensor.scale.clone(), torch.tensor([kind, tensor.data_ptr()])
+            found[name] = tensor.qdata.clone(), tensor.scale.clone(), torch.tensor([kind, tensor.qdata.data_ptr()])
         else:
             found[name] = tensor.detach().clone(), torch.tensor([tensor.data_ptr()])
     return found
