@@ -138,8 +138,7 @@ class Wrapper(StorageTensor):
         """0: there is no memory that holds ``numel()`` values of this dtype. The codes and scales have addresses, which
         stay through shuffles and refits: ``qdata.data_ptr()`` and ``scale.data_ptr()``. Only tensors that start at the
         same codes have an equal 0."""
-        codes = self._storage.qdata
-        if not is_real(codes):
+        if not self._storage.is_real:
             return 0
         return _Nowhere(self.bytes_around(CODES).data_ptr(), self._window.rows.start, self._window.columns.start)
 
