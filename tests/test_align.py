@@ -69,11 +69,11 @@ def test_every_layout_lies_as_the_formulas_say(align: tuple[int, int], gate_up: 
     for rows, columns in SIZES:
         parts = marked_parts(2, rows, columns)
         weight = make(parts, align, gate_up=gate_up)
-        address = weight.data_ptr()
+        address = weight.qdata.data_ptr()
         for layout in (*LAYOUTS, *reversed(LAYOUTS)):
             assert_holds(weight.shuffle_(layout), parts, layout, align=align)
         assert_holds(weight.unshuffle_(), parts, "none", align=align)
-        assert weight.data_ptr() == address
+        assert weight.qdata.data_ptr() == address
 
 
 def test_sizes_of_codes_and_scales() -> None:
@@ -99,7 +99,7 @@ def test_bytes_are_taken_over_where_they_need_no_padding() -> None:
     codes, scales = marked_parts(2, 192, 288)
     address = codes.data_ptr()
     weight = ShuffledMXFP4Tensor(codes, scales, gate_up=True, row_order="contiguous", align=32)
-    assert weight.data_ptr() == address
+    assert weight.qdata.data_ptr() == address
     assert weight.scale.shape[-1] == 16
 
 
@@ -292,7 +292,7 @@ def test_torch_save_remembers(layout: str, tmp_path: Path) -> None:
         torch.save({"w": weight, "expert": weight[1]}, tmp_path / "w.pt", _use_new_zipfile_serialization=new)
         loaded = torch.load(tmp_path / "w.pt", weights_only=True)
         assert_holds(loaded["w"].shuffle_(layout), parts, layout, align=align)
-        assert loaded["expert"].data_ptr() == loaded["w"][1].data_ptr()
+        assert loaded["expert"].qdata.data_ptr() == loaded["w"][1].qdata.data_ptr()
         assert_holds(loaded["w"][..., :96].clone(), (parts[0][..., :48], parts[1][..., :3]), layout, align=align)
     state = make(parts, 256)._storage.__reduce__()[1][2]
     assert state == {"gate_up": True, "shuffle_kind": None}  # as files were before there was another

@@ -187,4 +187,4 @@ def test_a_compiled_function_that_is_given_it(backend: str, mode: Callable[[], A
                     torch.compile(write, backend=backend)(values)
                 assert torch.equal(values, of(expected)), name
         for value, right in zip(found, read(of(expected)), strict=True):
-            assert torch.allclose(value, right, rtol=1e-12)
+            assert (value - right).abs().max() <= 1e-12 * right.abs().max()  # sums in another order

@@ -87,8 +87,8 @@ class Store:
     address: tuple[int, int] = (0, 0)
 
     def moves(self, kind: str) -> bool:
-        """Whether bytes change their places on the way to a kind; a down weight lies in both tiled kinds alike."""
-        return kind != self.kind and (self.gate_up or "none" in (kind, self.kind))
+        """Whether bytes change their places on the way to a kind; a down weight lies in both of aiter's kinds alike."""
+        return kind != self.kind and (self.gate_up or {kind, self.kind} != {"mxfp4_moe", "mxfp4_separated"})
 
     def relayout(self, kind: str) -> None:
         if self.moves(kind) and self.shared:  # memory that another process may read is replaced

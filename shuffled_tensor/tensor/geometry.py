@@ -38,7 +38,7 @@ Align = int | tuple[int, int]
 the hidden and the intermediate size."""
 
 ALIGN = (256, 256)
-"""The default: what aiter's kernels take."""
+"""The default: what every kernel takes that these layouts are for."""
 
 _ALIGNS = (256, 128, 64, 32)
 

@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -276,8 +276,17 @@ class PackedStorage:
         """Nobody traces what is done inside, except where a weight is made in a traced function: it is laid out in its
         graph."""
         modes = _disable_current_modes() if self.is_real else nullcontext()
-        with modes, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+        with modes, torch.no_grad(), self._made_in():
             yield
+
+    def _made_in(self) -> AbstractContextManager[None]:
+        """The inference mode in which the bytes were made, outside which they cannot be written.
+
+        Entered only where it is another: torch's own, where an interrupt meets it as it is entered or left, brings back
+        the state of its thread at some later moment, when nothing of that is true any more.
+        """
+        mode = self.qdata.is_inference()
+        return nullcontext() if torch.is_inference_mode_enabled() == mode else torch.inference_mode(mode)
 
     @property
     def _on_gpu(self) -> bool:
@@ -372,7 +381,7 @@ class PackedStorage:
         if self.is_real and active_fake_mode() is not None:
             raise RuntimeError("a weight that has bytes is not written under FakeTensorMode, where values have none")
         # bytes made in inference mode are written in it, wherever the writer is
-        with self.lock, torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+        with self.lock, torch.no_grad(), self._made_in():
             self._fence()
             with self.validity.changing() as outermost:
                 yield
@@ -497,7 +506,7 @@ class PackedStorage:
 
     def _rewrite_pads(self) -> None:
         """Of row-major bytes, which somebody else wrote."""
-        with torch.no_grad(), torch.inference_mode(self.qdata.is_inference()):
+        with torch.no_grad(), self._made_in():
             for part in PARTS:
                 self.geometry.rewrite_pads(part, self.bytes_of(part))
 

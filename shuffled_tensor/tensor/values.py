@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_iter, tree_map_only
 
 __all__ = ["Values"]
@@ -32,24 +33,13 @@ class Values(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # dynamo does not know the names of functions, nor who may be written
             torch._dynamo.graph_break(
                 msg="what transpose, permute or expand made of a ShuffledMXFP4Tensor is not traced from outside; make "
                 "it in the compiled function, of the weight, or pass its clone()"
             )
-        for written in tree_iter(list(_written(func, args, kwargs))):
-            if isinstance(written, cls):
-                _refuse(func)
-        with _C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-            own = [given for given in tree_iter((args, kwargs)) if isinstance(given, cls)]
-
-            def seen(found: Tensor) -> Tensor:
-                """Views of these are no more to be written than they are."""
-                return found.as_subclass(cls) if any(_C._is_alias_of(given, found) for given in own) else found
-
-            return tree_map_only(Tensor, seen, out)
+            return _disable_dynamo(_call)(func, args, kwargs or {})  # nor what is left to do here
+        return _call(func, args, kwargs or {})
 
     # Who takes tensors apart for a compiler would look for the weight, of which view operators say that this is a view.
     def _is_view(self) -> bool:
@@ -65,6 +55,21 @@ class Values(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for written in tree_iter(list(_written(func, args, kwargs))):
+        if isinstance(written, Values):
+            _refuse(func)
+    with _C.DisableTorchFunctionSubclass():
+        out = func(*args, **kwargs)
+        own = [given for given in tree_iter((args, kwargs)) if isinstance(given, Values)]
+
+        def seen(found: Tensor) -> Tensor:
+            """Views of these are no more to be written than they are."""
+            return found.as_subclass(Values) if any(_C._is_alias_of(given, found) for given in own) else found
+
+        return tree_map_only(Tensor, seen, out)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:

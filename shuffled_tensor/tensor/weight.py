@@ -84,7 +84,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the tensor.
         dtype: the logical dtype: bfloat16, float16, float32 or float64.
         align: what rows (of gate and of up each) and columns are padded to multiples of: 32, 64, 128 or 256, or two of
-            them, (rows, columns). aiter's kernels are called with weights made with 256. Scales are padded further, to
+            them, (rows, columns). Less may keep kernels from a weight. Scales are padded further, to
             what a layout needs: columns to a multiple of 256.
 
     The constructor takes ownership of its tensors: a later shuffle rewrites their bytes. Where another weight owns them
