@@ -14,7 +14,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
-from shuffled_tensor import arch, explain, fused_moe, override_arch, prepare
+from shuffled_tensor import ShuffledMXFP4Tensor, arch, explain, fused_moe, override_arch, prepare
 from shuffled_tensor.backends import base
 from shuffled_tensor.backends.aiter import versions
 from shuffled_tensor.moe import op
@@ -180,6 +180,19 @@ def test_prepare(progress: bool, shuffles: ShuffleCount, device: str, caplog: py
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("prepared 3 MXFP4 weights (3 mxfp4_separated): shuffled 0.00 GiB in ")
     assert second.startswith("prepared 3 MXFP4 weights (3 mxfp4_separated): shuffled 0.00 GiB in ")
+
+
+def test_prepare_says_how_much_it_moved(caplog: pytest.LogCaptureFixture) -> None:
+    experts = nn.Module()
+    codes, scales = torch.zeros(8, 1024, 1024, dtype=torch.uint8), torch.zeros(8, 1024, 64, dtype=torch.uint8)
+    experts.w2 = nn.Parameter(ShuffledMXFP4Tensor(codes, scales, gate_up=False))  # 8.5 MiB
+    with override_arch("gfx950"), fake_aiter("#3832"), caplog.at_level(logging.INFO, "shuffled_tensor"):
+        prepare(experts)
+        prepare(experts)
+    assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == [
+        "prepared 1 MXFP4 weights (1 mxfp4_separated): shuffled 0.01 GiB",
+        "prepared 1 MXFP4 weights (1 mxfp4_separated): shuffled 0.00 GiB",
+    ]
 
 
 def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -252,6 +252,20 @@ def test_memory_that_another_process_reads(share: Callable[[ShuffledMXFP4Tensor]
     assert addresses(module.w13) == address
 
 
+@pytest.mark.parametrize("share", [ForkingPickler.dumps, lambda w: w.share_memory_()], ids=["sent", "share_memory_"])
+def test_memory_that_took_its_place_is_nobody_elses(share: Callable[[ShuffledMXFP4Tensor], object]) -> None:
+    """So it is laid out anew where it is."""
+    weight = weight_of(marked_parts(*SMALL))
+    share(weight)
+    shared = addresses(weight)
+    replaced = addresses(weight.shuffle_("mxfp4_moe"))
+    assert replaced != shared
+    assert addresses(weight.unshuffle_()) == replaced
+    with refit(nn.ParameterList([weight.shuffle_("mxfp4_separated")])):
+        poke_weight(weight, marked_parts(*SMALL, salt=1))
+    assert addresses(weight) == replaced
+
+
 # --- interrupted
 
 
