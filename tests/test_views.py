@@ -317,3 +317,23 @@ def test_a_loader_of_values(layout: str) -> None:
         load_as_vllm_does(param, "w3", expert, dense(w3[0][expert], w3[1][expert]).float(), 0)
     expected = torch.cat([dense(*w1), dense(*w3)], 1)
     assert torch.equal(param.dequantize(torch.float64), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_by_dtype(layout: str) -> None:
+    """As loaders' parameters have them; reading gives that dtype, and it can be written in any."""
+    parts, new = marked_parts(2, 96, 160), marked_parts(2, 96, 160, salt=1)
+    weight = weight_of(parts, layout)
+    for part, view, found, written, dtype in (
+        ("qdata", weight.qdata_view, parts[0], new[0], torch.float4_e2m1fn_x2),
+        ("scale", weight.scale_view, parts[1], new[1], torch.float8_e8m0fnu),
+    ):
+        seen = view.view(dtype)
+        assert (seen.dtype, seen[1].dtype, seen.shape) == (dtype, dtype, view.shape)
+        assert torch.equal(seen[:, 5:9].clone().view(torch.uint8), found[:, 5:9])
+        seen[1].narrow(0, 3, 90).copy_(written[1, 3:93].view(dtype))
+        seen[0].view(torch.uint8).copy_(written[0])
+        expected = torch.stack([written[0], torch.cat([found[1, :3], written[1, 3:93], found[1, 93:]])])
+        assert torch.equal(view.clone(), expected)
+        with pytest.raises(TypeError, match=f"a view of {part} shows bytes as .*found torch.int64"):
+            view.view(torch.int64)

@@ -22,7 +22,8 @@ aten = torch.ops.aten
 
 
 class PartView(StorageTensor):
-    """A view that writes: uint8 ``[E, N, K/2]`` codes or ``[E, N, K/32]`` scales of a ShuffledMXFP4Tensor.
+    """A view that writes: uint8 ``[E, N, K/2]`` codes or ``[E, N, K/32]`` scales of a ShuffledMXFP4Tensor, which
+    ``view(dtype)`` shows as float4_e2m1fn_x2 or float8_e8m0fnu.
 
     ``view[expert].narrow(0, offset, rows).copy_(loaded)`` puts bytes where they belong in the layout that the weight
     lies in, in place. Reading it (``clone``, ``to``, ``torch.equal``) gives plain row-major bytes.
@@ -42,23 +43,31 @@ class PartView(StorageTensor):
 
     @classmethod
     def make(
-        cls, storage: PackedStorage, window: Window, rank: int, part: Part, *, interleaved: bool = False
+        cls,
+        storage: PackedStorage,
+        window: Window,
+        rank: int,
+        part: Part,
+        *,
+        interleaved: bool = False,
+        dtype: torch.dtype = torch.uint8,
     ) -> PartView:
         """A view of one part of a window; rank 2 shows a single expert."""
         experts, rows, columns = window.shape
-        self = cls._over(storage, window, (experts, rows, columns // part.per_byte)[-rank:], torch.uint8)
+        self = cls._over(storage, window, (experts, rows, columns // part.per_byte)[-rank:], dtype)
         self._part, self._interleaved = part, interleaved
         return self
 
-    def _view(self, rank: int | None = None, **window: range) -> PartView:
-        """A part of this view."""
+    def _view(self, rank: int | None = None, dtype: torch.dtype | None = None, **window: range) -> PartView:
+        """A part of this view, or all of it as another dtype."""
+        options: dict[str, Any] = {"interleaved": self._interleaved, "dtype": dtype or self.dtype}
         inner = self._window._replace(**window)
-        return PartView.make(self._storage, inner, rank or self.dim(), self._part, interleaved=self._interleaved)
+        return PartView.make(self._storage, inner, rank or self.dim(), self._part, **options)
 
     def plain(self) -> Tensor:
-        """The bytes as a plain uint8 tensor."""
+        """The bytes as a plain tensor of this dtype."""
         data = self._storage.read(self._window, interleaved=self._interleaved)[PARTS.index(self._part)]
-        return (data[0] if self.dim() == 2 else data).contiguous()
+        return (data[0] if self.dim() == 2 else data).contiguous().view(self.dtype)
 
     @property
     def data(self) -> PartView:
@@ -85,6 +94,14 @@ _implements = partial(PartView.operations.implements, group="Of a view of codes 
 def _alias(self: PartView) -> PartView:
     """Another view of the same bytes."""
     return self._view()
+
+
+@_implements(aten.view.dtype)
+def _as_dtype(self: PartView, dtype: torch.dtype) -> PartView:
+    """The same bytes as another dtype in which they may be."""
+    if dtype not in self._part.dtypes:
+        raise TypeError(f"a view of {self._part} shows bytes as {self._part.dtypes}, found {dtype}")
+    return self._view(dtype=dtype)
 
 
 @_implements(aten.select.int)
