@@ -19,9 +19,9 @@ from shuffled_tensor import mxfp4
 from shuffled_tensor.mxfp4 import PARTS, SCALES
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_plain, whole_numbers
-from shuffled_tensor.tensor.geometry import Window
+from shuffled_tensor.tensor.join import along_experts, axis_of, bytes_of, first_of, join, lie_alike, materialized
 from shuffled_tensor.tensor.refused import refuse
-from shuffled_tensor.tensor.storage import PackedStorage, locked
+from shuffled_tensor.tensor.storage import locked
 from shuffled_tensor.tensor.values import Values
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -55,7 +55,7 @@ def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
 @same_bytes(aten.select.int)
 def select(self: ShuffledMXFP4Tensor, dim: int, index: int) -> ShuffledMXFP4Tensor:
     """A view of one expert; of one row or column it is refused."""
-    if _axis(self, dim) != "experts":
+    if axis_of(self, dim) != "experts":
         raise NotImplementedError(
             f"select along dim {dim} of a ShuffledMXFP4Tensor of shape {list(self.shape)}: a single row or "
             "column is no "
@@ -107,7 +107,7 @@ def slice_(
     self: ShuffledMXFP4Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> ShuffledMXFP4Tensor:
     """A view of experts, rows or columns (at multiples of 32) that can be read and written in any layout."""
-    axis = _axis(self, dim)
+    axis = axis_of(self, dim)
     part = getattr(self._window, axis)[start:end:step]
     if axis != "experts" and step != 1:
         raise NotImplementedError(f"{axis} of a ShuffledMXFP4Tensor are sliced without steps; call .dequantize()")
@@ -122,7 +122,7 @@ def slice_(
 @same_bytes(aten.split.Tensor)
 def split(self: ShuffledMXFP4Tensor, split_size: int, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views, as slicing gives them."""
-    _axis(self, dim)
+    axis_of(self, dim)
     size = self.shape[dim]
     if split_size < 0 or (split_size == 0 and size):
         raise ValueError(f"split takes parts of one or more, found {split_size} (dim {dim} has {size})")
@@ -133,7 +133,7 @@ def split(self: ShuffledMXFP4Tensor, split_size: int, dim: int = 0) -> list[Shuf
 @same_bytes(aten.split_with_sizes.default)
 def split_with_sizes(self: ShuffledMXFP4Tensor, split_sizes: list[int], dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views, as slicing gives them."""
-    _axis(self, dim)
+    axis_of(self, dim)
     if sum(split_sizes) != self.shape[dim]:
         raise ValueError(f"split sizes {list(split_sizes)} do not add up to the {self.shape[dim]} of dim {dim}")
     if min(split_sizes, default=0) < 0:
@@ -145,7 +145,7 @@ def split_with_sizes(self: ShuffledMXFP4Tensor, split_sizes: list[int], dim: int
 @same_bytes(aten.unbind.int)
 def unbind(self: ShuffledMXFP4Tensor, dim: int = 0) -> list[ShuffledMXFP4Tensor]:
     """Views of the experts, one by one."""
-    _axis(self, dim)
+    axis_of(self, dim)
     return [select(self, dim, index) for index in range(self.shape[dim])]
 
 
@@ -191,19 +191,19 @@ def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> Shuffled
 def cat(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
     """Experts, rows or columns of several tensors behind each other, laid out and padded as the first; formats and
     shapes are checked. Rows are gate and up rows where they are both halves of gate-up weights, all gate rows first."""
-    first = _first_of(tensors, dim)
-    return _joined(first, tensors) if _axis(first, dim) == "experts" else _joined_inside(first, tensors, dim)
+    first = first_of(tensors, dim)
+    return join(first, tensors, dim)
 
 
 @copies(aten.stack.default)
 def stack(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
     """Single experts to one tensor, laid out and padded as the first; formats and shapes are checked."""
-    first = _first_of(tensors)
+    first = first_of(tensors)
     if first.dim() != 2 or dim not in (0, -3):
         raise NotImplementedError(
             "experts [N, K] are stacked along dim 0; tensors of several experts are joined by torch.cat"
         )
-    joined = _joined(first, tensors)
+    joined = along_experts(first, tensors)
     return joined._view(rank=3)
 
 
@@ -265,9 +265,9 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
                 storage.touch()
                 for own, other in zip(map(self.bytes_around, PARTS), map(source.bytes_around, PARTS), strict=True):
                     own.copy_(other)
-            elif _same_bytes(self, source):
+            elif lie_alike(self, source):
                 storage.touch()
-                for own, other in zip(_bytes_of(self), _bytes_of(source), strict=True):
+                for own, other in zip(bytes_of(self), bytes_of(source), strict=True):
                     own.copy_(other, non_blocking)
             else:
                 for place, experts in storage.chunks(window.experts):
@@ -323,7 +323,7 @@ def _index_copy_traced(self: ShuffledMXFP4Tensor, index: Tensor, source: Tensor)
     new = index_select(around, 0, index)
     copy_(new._view(rows=self._window.rows, columns=self._window.columns), source)
     with self._storage.writing():
-        for own, data in zip(_bytes_of(around), _bytes_of(new), strict=True):
+        for own, data in zip(bytes_of(around), bytes_of(new), strict=True):
             own.index_copy_(0, index, data)
     return self
 
@@ -441,7 +441,7 @@ for _operator in (
 @beside(aten.is_pinned.default)
 def is_pinned(self: ShuffledMXFP4Tensor, device: torch.device | None = None) -> bool:
     """Whether the packed bytes are in page-locked memory."""
-    return all(data.is_pinned() for data in _bytes_of(self))
+    return all(data.is_pinned() for data in bytes_of(self))
 
 
 @beside(aten.record_stream.default)
@@ -470,117 +470,15 @@ def _check_source(self: ShuffledMXFP4Tensor, source: Tensor) -> None:
     self.check_has_values(source)
 
 
-def _bytes_of(self: ShuffledMXFP4Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales ``[E, ...]`` as they lie: views, or for a view of rows or columns a copy in the same layout."""
-    if self.is_part_of_experts:
-        own = _materialized(self)
-        return own.qdata, own.scale
-    return self._storage.select(self._window.experts)
-
-
-def _materialized(self: ShuffledMXFP4Tensor, align: tuple[int, int] | None = None) -> PackedStorage:
-    """A view of rows or columns as a storage of its own, in the same layout, and padded as it is or to multiples of
-    `align`. Only whole experts keep gate and up apart."""
-    storage = self._storage
-    parts = (data.contiguous() for data in storage.read(self._window))
-    return storage.packed_alike(*parts, gate_up=self.gate_up, align=align)
-
-
 def _map_bytes(
     self: ShuffledMXFP4Tensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
 ) -> ShuffledMXFP4Tensor:
     """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must not mix."""
-    storage = _materialized(self) if self.is_part_of_experts else self._storage
+    storage = materialized(self) if self.is_part_of_experts else self._storage
     experts = storage.experts if self.is_part_of_experts else self._window.experts
     with storage.held():
         qdata, scale = (function(data) for data in storage.select(experts))
         return self._like(storage.with_bytes(qdata, scale), dtype)
-
-
-def _same_bytes(self: ShuffledMXFP4Tensor, other: ShuffledMXFP4Tensor) -> bool:
-    """Whether equal values are equal bytes."""
-    own, others = self._storage, other._storage
-    whole = not (self.is_part_of_experts or other.is_part_of_experts)
-    return whole and (own.layout, own.geometry.sizes) == (others.layout, others.geometry.sizes)
-
-
-def _first_of(tensors: list[Tensor], dim: int | None = None) -> ShuffledMXFP4Tensor:
-    """The first of tensors that may be joined: along a dimension that they have, or one that is new."""
-    first = tensors[0]
-    for tensor in tensors:
-        if not isinstance(tensor, ShuffledMXFP4Tensor) or not isinstance(first, ShuffledMXFP4Tensor):
-            plain = next(tensor for tensor in tensors if not isinstance(tensor, ShuffledMXFP4Tensor))
-            raise TypeError(
-                f"experts are joined with experts in MXFP4, found a plain tensor of {plain.dtype}; "
-                "quantise it with ShuffledMXFP4Tensor.from_hp"
-            )
-        joined = None if dim is None else _axis(first, dim)
-        formats = [
-            (
-                t.dim(),
-                {axis: len(getattr(t._window, axis)) for axis in Window._fields[-t.dim() :] if axis != joined},
-                t.gate_up,
-                t.dtype,
-            )
-            for t in (first, tensor)
-        ]
-        if formats[0] != formats[1]:
-            raise ValueError(
-                "weights that are joined must agree in dimensions, sizes beside the one along which they are, gate_up "
-                f"and dtype, found {formats[0]} and {formats[1]}"
-            )
-    assert isinstance(first, ShuffledMXFP4Tensor)
-    return first
-
-
-def _joined(first: ShuffledMXFP4Tensor, tensors: list[Any]) -> ShuffledMXFP4Tensor:
-    parts = []
-    with locked(*(tensor._storage for tensor in tensors)):
-        for tensor in tensors:
-            tensor._storage.check_readable()
-            if _same_bytes(first, tensor):
-                parts.append(_bytes_of(tensor))
-            else:
-                alike = _materialized(tensor, first._storage.geometry.align)
-                alike.convert_layout_(first._storage.layout)
-                parts.append((alike.qdata, alike.scale))
-        qdata, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
-    storage = _materialized(first) if first.is_part_of_experts else first._storage
-    return first._like(storage.with_bytes(qdata, scale))
-
-
-def _joined_inside(first: ShuffledMXFP4Tensor, tensors: list[Any], dim: int) -> ShuffledMXFP4Tensor:
-    """Rows, or columns, behind each other."""
-    gate_up = first.gate_up
-    if _axis(first, dim) == "rows":
-        if gate_up:
-            raise ValueError(
-                "rows of whole gate-up weights behind each other would be gate, up, gate, up; join the gate halves "
-                "w[:, : N // 2], then the up halves w[:, N // 2 :]"
-            )
-        gate_up = _are_both_halves(tensors)
-    with locked(*(tensor._storage for tensor in tensors)):
-        parts = zip(*(tensor._storage.read(tensor._window) for tensor in tensors), strict=True)
-        qdata, scale = (torch.cat(part, Window._fields.index(_axis(first, dim))) for part in parts)
-    return first._like(first._storage.packed_alike(qdata, scale, gate_up=gate_up))
-
-
-def _are_both_halves(tensors: list[ShuffledMXFP4Tensor]) -> bool:
-    """Whether rows of gate-up weights are gate rows, then the up rows that belong to them, in the same order."""
-    found: dict[str, list[tuple[Any, int, int]]] = {"gate": [], "up": []}
-    for tensor in tensors:
-        storage, (experts, rows, columns) = tensor._storage, tensor._window
-        each = storage.geometry.rows // 2
-        for half, first in (("gate", 0), ("up", each)):
-            start, stop = max(rows.start, first) - first, min(rows.stop, first + each) - first
-            if start >= stop:
-                continue
-            if not storage.geometry.gate_up or (half == "gate" and found["up"]):
-                return False
-            of = storage, experts, columns
-            before = found[half].pop() if found[half] and found[half][-1][::2] == (of, start) else (of, start, start)
-            found[half].append((of, before[1], stop))
-    return found["gate"] == found["up"] != []
 
 
 def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> Tensor:
@@ -593,14 +491,8 @@ def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> T
     return indices[0]
 
 
-def _axis(self: ShuffledMXFP4Tensor, dim: int) -> str:
-    if not -self.dim() <= dim < self.dim():
-        raise IndexError(f"dim must be in {-self.dim()}..{self.dim() - 1}, found {dim}")
-    return Window._fields[-self.dim() :][dim]
-
-
 def _check_experts(self: ShuffledMXFP4Tensor, dim: int, name: str) -> None:
-    if _axis(self, dim) != "experts":
+    if axis_of(self, dim) != "experts":
         raise NotImplementedError(
             f"{name} along dim {dim} of a ShuffledMXFP4Tensor of shape {list(self.shape)}: it goes along "
             "experts, dim 0 "
