@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,12 +36,17 @@ REARRANGED: dict[str, Callable[[Tensor], Tensor]] = {
     "broadcast_to": lambda w: torch.broadcast_to(w, (2, *w.shape)),
 }
 
+IN_PLACE: dict[str, Callable[..., Any]] = {
+    "+": operator.iadd, "-": operator.isub, "*": operator.imul, "/": operator.itruediv, "//": operator.ifloordiv,
+    "%": operator.imod, "**": operator.ipow, "&": operator.iand, "|": operator.ior, "^": operator.ixor,
+    "<<": operator.ilshift, ">>": operator.irshift,
+}  # fmt: skip
+
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "zero_": lambda values: values.zero_(),
     "copy_": lambda values: values.copy_(torch.zeros(())),
     "[...] =": lambda values: values.__setitem__(..., 0),
-    "+=": lambda values: values.__iadd__(1),
-    "&=": lambda values: values.__iand__(1),
+    **{f"{sign}=": (lambda values, write=write: write(values, 1)) for sign, write in IN_PLACE.items()},
     "out=": lambda values: torch.add(torch.ones(512, 512), 1, out=values),
     "into out= of two": lambda values: torch.max(torch.ones(2, 2), 0, out=(values, torch.empty(0, dtype=torch.int64))),
     "foreach": lambda values: torch._foreach_zero_([values]),
@@ -47,6 +55,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "overload": lambda values: torch.ops.aten.zero_.default(values),
     "a part": lambda values: values[0].zero_(),
     "a part of a part": lambda values: values.mT[..., 1:].chunk(2)[1].zero_(),
+    "one of several": lambda values: torch.broadcast_tensors(values, one()[0].T)[0].zero_(),
     "detached": lambda values: values.detach().zero_(),
     "data": lambda values: values.data.zero_(),
     "data =": lambda values: setattr(values, "data", torch.zeros(2)),
@@ -99,6 +108,16 @@ def test_it_reads_as_a_plain_tensor() -> None:
     mine = values.clone()
     mine.zero_()
     assert torch.equal(weight.dequantize(), expected)
+
+
+def test_it_is_read_without_the_compiler() -> None:
+    """Whose import takes seconds."""
+    read = (
+        "import sys, torch; from shuffled_tensor import ShuffledMXFP4Tensor as Weight; "
+        "w = Weight.from_hp(torch.ones(2, 256), gate_up=False); assert (w.T + 1).sum() == 1024; "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", read], check=True)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -19,7 +19,7 @@ _SET_DATA = vars(_C.TensorBase)["data"].__set__
 
 _IN_PLACE = {
     "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "matmul")),
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "floordiv", "mod")),  # `/=` is called div, `**=` pow_
     *(f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")),
 }
 _HARMLESS = {"requires_grad_", "share_memory_"}
