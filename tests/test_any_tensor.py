@@ -212,6 +212,19 @@ def test_nothing_is_written_through_the_name_of_a_partial_file(kind: str, tmp_pa
             assert victim.read_bytes() == b"precious"
 
 
+def test_plain_tensors_alone_are_a_file_as_any_other(tmp_path: Path) -> None:
+    for metadata in (None, {"format": "pt"}):
+        save_file({"x": torch.ones(3)}, tmp_path / "ours", metadata)
+        safetensors.torch.save_file({"x": torch.ones(3)}, tmp_path / "theirs", metadata)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_codes_that_do_not_lie_row_by_row(tmp_path: Path) -> None:
+    codes = coded(4, 8)
+    save_file({"x": codes.view(torch.float4_e2m1fn_x2).t()}, tmp_path / "file")
+    assert torch.equal(load_file(tmp_path / "file")["x"].view(torch.uint8), codes.t())
+
+
 # --- devices
 
 
