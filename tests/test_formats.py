@@ -17,7 +17,7 @@ from safetensors.torch import save_file as plain_save_file
 from torch import Tensor
 
 from shuffled_tensor import ShuffledMXFP4Tensor, convert, fused_moe, inspect
-from shuffled_tensor.checkpoint import CheckpointError, Experts, load_experts, save_file
+from shuffled_tensor.checkpoint import CheckpointError, Experts, load_experts, load_file, save_file
 from shuffled_tensor.checkpoint import weight as checkpoint_weight
 from shuffled_tensor.checkpoint.source import Files
 
@@ -326,7 +326,12 @@ def test_one_weight_of_two_quantised(tmp_path: Path) -> None:
     for expert in range(2):
         del tensors[f"{name}.{expert}.down_proj.weight_scale"]
         tensors[f"{name}.{expert}.down_proj.weight"] = torch.full((64, 128), expert, dtype=torch.bfloat16)
-    loaded = load_experts(store(tensors, tmp_path, "file"))[name]
+    path = store(tensors, tmp_path, "file")
+    assert {finding.name: finding.layout for finding in inspect(path)} == {
+        f"{name}.w13_weight": "canonical",
+        f"{name}.w2_weight": "plain bfloat16",
+    }
+    loaded = load_experts(path)[name]
     assert_holds(loaded.w13, routed.w13, "none")  # type: ignore[arg-type]
     assert torch.equal(loaded.w2, torch.stack([torch.full((64, 128), e, dtype=torch.bfloat16) for e in range(2)]))
 
@@ -487,6 +492,19 @@ def test_own_format(tmp_path: Path, layout: str, as_is: bool) -> None:
     save_file(experts.state_dict(), path)
     load_experts(path, into=source)
     assert_holds(source.w13_weight, whole.w13, layout)
+
+
+@pytest.mark.parametrize("layout", ["canonical", "as_is"])
+def test_a_weight_is_saved_without_a_copy_of_it(layout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may be all the memory that there is."""
+    parts, path = make_dense(2, 64, 64).w13, tmp_path / "own.safetensors"
+    weight = weight_of(parts, "mxfp4_moe")
+    monkeypatch.setattr(Tensor, "clone", None)
+    save_file(
+        {"w": weight, "x": weight[1:]} | ({"rows": weight[:, :9]} if layout == "canonical" else {}), path, layout=layout
+    )
+    monkeypatch.undo()
+    assert torch.equal(load_file(path)["w"].dequantize(torch.float64), dense(*parts))  # type: ignore[operator]
 
 
 def test_inside_other_contexts(tmp_path: Path) -> None:
