@@ -213,7 +213,15 @@ def test_what_is_refused_leaves_nothing(source: Path, tmp_path: Path) -> None:
         CheckpointError, match=r"experts\.w2_weight\.scale in .* is named as in no format that is known"
     ):
         convert(clash, destination)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clash.safetensors", "source.safetensors"]
+    both = tmp_path / "both"
+    both.mkdir()
+    save_plain(quark(), both / "theirs.safetensors")
+    save_file(
+        {f"{LAYER}.experts.{which}_weight": make_weight(which) for which in ("w13", "w2")}, both / "own.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"w13_weight\.qdata in .*own.* is called what an expert weight would be"):
+        convert(both, destination, format="quark")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "clash.safetensors", "source.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", f"{LAYER}.experts.1.up_proj.weight"])

@@ -190,6 +190,12 @@ WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "rows that differ": (instead(CODES, lambda codes: codes[:32].clone()), f"{NAME}.1.down_proj.weight in PATH has shape [64, 32], not [32, 32]"),
     "no rows": (lambda tensors: {name: tensor[:0].clone() for name, tensor in tensors.items()}, f"{NAME}.0.gate_proj.weight in PATH has shape [0, 32] an expert, not [N, K/2] or [N, K/32, 16], K in blocks of 32"),
     "columns that cut a block": (lambda tensors: {name: tensor[:, :24].clone() for name, tensor in tensors.items()}, f"{NAME}.0.gate_proj.weight in PATH has shape [64, 24] an expert, not [N, K/2] or [N, K/32, 16], K in blocks of 32"),
+    "plain weights without columns": (
+        lambda tensors: {name: torch.ones(64) for name in tensors if name.endswith(".weight")} | {CODES: tensors[CODES]},
+        f"{NAME}.0.gate_proj.weight in PATH has shape [64] an expert, not [N, K]",
+    ),
+    "no w2": (lambda tensors: {name: tensor for name, tensor in tensors.items() if "down" not in name}, f"{NAME} in PATH has no w2"),
+    "scales alone of w2": (lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith("down_proj.weight")}, f"{NAME} in PATH has no w2"),
     "w2 of other sizes": (
         lambda tensors: tensors | {name: tensor[:32].clone() for name, tensor in tensors.items() if "down" in name},
         f"{NAME}: for w13 [experts, 2I, K] = [2, 128, 64], w2 must be [2, 64, 64], found [2, 32, 64] in PATH",
@@ -205,6 +211,18 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[Tensors], Ten
     path = tmp_path / "model.safetensors"
     plain_save_file(change(quark()), path)
     assert_refused(path, message)
+
+
+def test_stacked_tensors_that_do_not_fit(tmp_path: Path) -> None:
+    path, name = tmp_path / "model.safetensors", layer_name("gpt-oss")
+    tensors, up = in_format("gpt-oss", DENSE, name, bias=False), f"{name}.gate_up_proj"
+    odd = {key: tensor[:, :127].clone() for key, tensor in tensors.items() if key.startswith(up)}
+    for changed, what in (
+        (without(f"{up}_scales")(tensors), f"{up}_blocks in PATH has no scale beside it"),
+        (tensors | odd, f"{up}_blocks in PATH has 127 rows, which are no gate and up"),
+    ):
+        plain_save_file(changed, path)
+        assert_refused(path, what)
 
 
 def test_biases_that_do_not_fit(tmp_path: Path) -> None:
@@ -282,6 +300,7 @@ BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number for a file": (lambda path: change_index(path, lambda names: names.update({CODES: 7})), f"PATH/model.safetensors.index.json sends {NAME}.0.down_proj.weight to 7, which is no file beside it"),
     "an index that is no JSON": (lambda path: (path / "model.safetensors.index.json").write_text("weights"), "PATH/model.safetensors.index.json is no index of safetensors files: JSONDecodeError('Expecting value: line 1 column 1 (char 0)')"),
     "an index of nothing": (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "PATH/model.safetensors.index.json is no index of safetensors files: KeyError('weight_map')"),
+    "an index that is no object": (lambda path: (path / "model.safetensors.index.json").write_text("[]"), "PATH/model.safetensors.index.json is no index of safetensors files: ValueError('no JSON object')"),
     "an index that is a list": (lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), 'PATH/model.safetensors.index.json is no index of safetensors files: AttributeError("\'list\' object has no attribute \'items\'")'),
     "two indices": (lambda path: (path / "a.safetensors.index.json").write_text("{}"), "PATH holds 2 indices, a.safetensors.index.json and others; give a file"),
     "nothing in it": (lambda path: [file.unlink() for file in path.iterdir()], "no *.safetensors in PATH"),
@@ -603,6 +622,19 @@ def test_saving_is_interrupted(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_saving_is_interrupted_when_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def interrupted(*paths: Any) -> None:
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_file({"a": torch.ones(3)}, tmp_path / "own.safetensors")
+    assert torch.equal(load_file(tmp_path / "own.safetensors")["a"], torch.ones(3))
+
+
 def assert_half_loaded(model: nn.Module, kind: str = "mxfp4_moe") -> None:
     """A weight that was begun refuses; one that was not is as it was, and one that was finished is new."""
     layer = model.get_submodule(NAME)
@@ -653,6 +685,16 @@ def test_a_disk_that_cannot_be_read(kind: str, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError, match="down_proj.weight.* in .* cannot be read: .*Input/output error"):
         load_experts(path, into=model)
     assert_half_loaded(model, kind)
+
+
+def test_a_kernel_that_reads_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads 2 GiB at most, and a network's disk what it has."""
+    path, preadv = tmp_path / "model.safetensors", os.preadv
+    plain_save_file(quark(), path)
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:999]], offset))
+    loaded = load_experts(path)[NAME]
+    assert_holds(loaded.w13, DENSE.w13, "none")  # type: ignore[arg-type]
+    assert_holds(loaded.w2, DENSE.w2, "none")  # type: ignore[arg-type]
 
 
 def test_biases_of_two_dtypes(tmp_path: Path) -> None:

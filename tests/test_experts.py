@@ -152,6 +152,27 @@ def test_one_expert_over_several_and_over_none() -> None:
         assert_holds(weight[1:2], tuple(part[1:2] for part in marked_parts(3, 96, 160)), "mxfp4_moe")
 
 
+def test_what_is_written_in_place_is_returned() -> None:
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            weight = weight_of(marked_parts(3, 96, 160), "mxfp4_moe")
+            other = weight_of(marked_parts(3, 96, 160, salt=1))
+            assert weight.copy_(other) is weight
+            assert weight.copy_(weight) is weight
+            assert weight.index_copy_(0, torch.tensor([1]), other[:1]) is weight
+            view, scales = weight.scale_view, marked_parts(3, 96, 160)[1]
+            assert view.copy_(scales) is view
+
+
+def test_experts_written_twice_at_once_are_refused() -> None:
+    parts = marked_parts(3, 96, 160)
+    weight, other = weight_of(parts, "mxfp4_moe"), weight_of(marked_parts(3, 96, 160, salt=1))
+    for index, source in (([1, 1], other[:2]), ([0, -3], other[:2]), ([0, 1], other), ([1, 2], other[:2, :32])):
+        with pytest.raises(ValueError, match="index_copy_ takes different experts and values of shape"):
+            weight.index_copy_(0, torch.tensor(index), source)
+    assert_holds(weight, parts, "mxfp4_moe")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_swapped_and_moved_along(layout: str) -> None:
     """As rebalancing does it; a source that is being overwritten is read first, or refused as torch refuses it."""

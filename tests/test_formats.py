@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import torch
 from safetensors.torch import save_file as plain_save_file
 from torch import Tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
-from shuffled_tensor.checkpoint import CheckpointError, Experts, load_experts, save_file
+from shuffled_tensor import ShuffledMXFP4Tensor, convert, fused_moe, inspect
+from shuffled_tensor.checkpoint import CheckpointError, Experts, load_experts, load_file, save_file
+from shuffled_tensor.checkpoint import weight as checkpoint_weight
 from shuffled_tensor.checkpoint.source import Files
 
-from .support.bytes import LAYOUTS, addresses
+from .support.bytes import LAYOUTS, addresses, weight_of
 from .support.checkpoints import (
     FORMATS,
     SIZES,
@@ -323,7 +326,12 @@ def test_one_weight_of_two_quantised(tmp_path: Path) -> None:
     for expert in range(2):
         del tensors[f"{name}.{expert}.down_proj.weight_scale"]
         tensors[f"{name}.{expert}.down_proj.weight"] = torch.full((64, 128), expert, dtype=torch.bfloat16)
-    loaded = load_experts(store(tensors, tmp_path, "file"))[name]
+    path = store(tensors, tmp_path, "file")
+    assert {finding.name: finding.layout for finding in inspect(path)} == {
+        f"{name}.w13_weight": "canonical",
+        f"{name}.w2_weight": "plain bfloat16",
+    }
+    loaded = load_experts(path)[name]
     assert_holds(loaded.w13, routed.w13, "none")  # type: ignore[arg-type]
     assert torch.equal(loaded.w2, torch.stack([torch.full((64, 128), e, dtype=torch.bfloat16) for e in range(2)]))
 
@@ -349,6 +357,17 @@ def test_shared_experts_in_fp8_are_left_out(tmp_path: Path, caplog: pytest.LogCa
     plain_save_file({k.replace("shared_experts", "experts.0"): v for k, v in shared.items()}, path)
     with pytest.raises(CheckpointError, match=r"experts.0.w1.weight in .* is torch.float8_e4m3fn; codes are"):
         load_experts(path, format="deepseek")
+
+
+def test_shared_experts_in_mxfp8_are_left_out(tmp_path: Path) -> None:
+    """Their scales have the dtype of our codes."""
+    routed, name = make_dense(2, 64, 128), layer_name("quark")
+    shared = plain_shared("quark", 64, 128, torch.float8_e4m3fn)
+    scales = {f"{key}_scale": torch.ones(len(rows), 1, dtype=torch.uint8) for key, rows in shared.items()}
+    path = store(in_format("quark", routed, name) | shared | scales, tmp_path, "file")
+    loaded = load_experts(path)
+    assert list(loaded) == [name]
+    assert_is(loaded[name], routed, bias=False)
 
 
 def test_a_download_cache_of_symbolic_links(tmp_path: Path) -> None:
@@ -391,6 +410,44 @@ def test_a_rank_reads_only_its_part(tmp_path: Path, format: str, dim: str, monke
     assert sum(read) == sum(part.nbytes for pair in mine[:2] for part in pair) + biases
     largest = max(part.nbytes for pair in whole[layer_name(format, 2)][:2] for part in pair) // 4
     assert max(read) <= largest  # an expert at a time
+
+
+def test_damage_in_the_part_of_another_rank(tmp_path: Path) -> None:
+    """A rank that would look for it would read all of the checkpoint."""
+    expected, name, path = make_dense(2, 64, 64), "experts", tmp_path / "own.safetensors"
+    parts = {"w13_weight": weight_of(expected.w13), "w2_weight": weight_of(expected.w2, gate_up=False)}
+    save_file({f"{name}.{key}": weight for key, weight in parts.items()}, path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last expert
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_experts(path, into=module_of({name: expected}, bias=False))
+    mine = in_halves(expected, "expert", 0)
+    model = module_of({name: mine}, bias=False)
+    load_experts(path, into=model, rank=0, world_size=2)
+    assert_holds(model.get_submodule(name).w13_weight, mine.w13, "none")
+    assert_holds(model.get_submodule(name).w2_weight, mine.w2, "none")
+
+
+@pytest.mark.parametrize("cached", [1, 2000])
+def test_interleaved_rows_in_several_runs(cached: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large experts are read; a run of rows may be longer than what it shall be, and the last one shorter."""
+    expected, name = make_dense(*SIZES["padded"]), layer_name("gpt-oss")
+    path = store(in_format("gpt-oss", expected, name), tmp_path, "file")
+    monkeypatch.setattr(checkpoint_weight, "_CACHED", cached)
+    assert_is(load_experts(path)[name], expected, bias=True)
+
+
+def test_into_some_columns_of_a_larger_weight(tmp_path: Path) -> None:
+    """What is beside them stays."""
+    expected, name = make_dense(2, 64, 64), layer_name("quark")
+    path = store(in_format("quark", expected, name), tmp_path, "file")
+    model, around = module_of({name: expected}, bias=False), make_dense(2, 64, 128, salt=1).w2
+    whole = weight_of(around, gate_up=False)
+    model.get_submodule(name).w2_weight = torch.nn.Parameter(whole[:, :, 64:])
+    load_experts(path, into=model)
+    assert torch.equal(whole[:, :, :64].dequantize(torch.float64), dense(*around)[:, :, :64])  # type: ignore[attr-defined]
+    assert torch.equal(whole[:, :, 64:].dequantize(torch.float64), dense(*expected.w2))  # type: ignore[attr-defined]
 
 
 # --- formats told and not told
@@ -437,6 +494,19 @@ def test_own_format(tmp_path: Path, layout: str, as_is: bool) -> None:
     assert_holds(source.w13_weight, whole.w13, layout)
 
 
+@pytest.mark.parametrize("layout", ["canonical", "as_is"])
+def test_a_weight_is_saved_without_a_copy_of_it(layout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may be all the memory that there is."""
+    parts, path = make_dense(2, 64, 64).w13, tmp_path / "own.safetensors"
+    weight = weight_of(parts, "mxfp4_moe")
+    monkeypatch.setattr(Tensor, "clone", None)
+    save_file(
+        {"w": weight, "x": weight[1:]} | ({"rows": weight[:, :9]} if layout == "canonical" else {}), path, layout=layout
+    )
+    monkeypatch.undo()
+    assert torch.equal(load_file(path)["w"].dequantize(torch.float64), dense(*parts))  # type: ignore[operator]
+
+
 def test_inside_other_contexts(tmp_path: Path) -> None:
     """Engines make models under a default device and in inference mode."""
     expected, name = make_dense(2, 64, 64), layer_name("gpt-oss")
@@ -458,3 +528,29 @@ def test_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytes
     (line,) = caplog.messages
     assert re.fullmatch(rf"loaded the experts of 1 layers, 0.00 GiB, from {re.escape(str(path))} in \d+.\d\d s", line)
     assert capsys.readouterr() == ("", "")
+
+
+def test_summary_of_more_than_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "model.safetensors"
+    plain_save_file(in_format("quark", make_dense(2, 512, 1536), layer_name("quark")), path)
+    with caplog.at_level(logging.INFO, "shuffled_tensor"):
+        load_experts(path)
+    assert f"{2 * 3 * 512 * 1536 * 17 / 32 / 2**30:.2f} GiB" in caplog.text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_where_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store(in_format("quark", make_dense(2, 64, 64), layer_name("quark")), tmp_path, "file")
+    for run, said in (
+        (lambda: load_experts(path), r"loading experts: 100%.* 2/2 .*weight(/s)?\]"),
+        (lambda: inspect(path), r"reading experts: 100%.* 4/4 "),
+        (lambda: convert(path, tmp_path / "new.safetensors"), r"writing new\.safetensors: 100%.*k/\d+\.?\d*k "),
+    ):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run()
+        assert re.search(said, terminal.getvalue()), terminal.getvalue()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -379,6 +381,26 @@ def test_no_tangent_of_other_arguments() -> None:
             torch.func.jvp(lambda value, name=name: fused_moe(**(layer | {name: value})), (value,), (value,))
     with torch.autograd.forward_ad.dual_level():  # what has no tangent is computed
         assert torch.equal(fused_moe(**layer), fused_moe(**layer))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_that_a_derivative_does_not_go_through(packed: bool) -> None:
+    layer = small_layer()
+    call = as_packed(layer) if packed else lambda x: fused_moe(**(layer | {"hidden_states": x}))
+    found = torch.func.grad(lambda scale: (scale * call(layer["hidden_states"])).sum())(torch.tensor(2.0))
+    assert torch.equal(found, call(layer["hidden_states"]).sum())
+
+
+def test_an_explanation_is_not_written_to() -> None:
+    found = explain(**small_layer())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.backend = "another"  # type: ignore[misc]
+
+
+def test_help_says_what_the_arguments_are() -> None:
+    text = str(fused_moe.__doc__)
+    assert "{arguments}" not in text
+    assert all(name in text for name in inspect.signature(fused_moe).parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

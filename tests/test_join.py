@@ -77,7 +77,12 @@ def test_rows_are_gate_and_up_where_that_is_sure() -> None:
     )
     assert_holds(merged, expected, "mxfp4_separated")
     assert merged.gate_up
+    apart = torch.cat([a[:, :32], a[:, 32:half], a[:, half:320], a[:, 320:384], a[:, 384:]], 1)
+    assert isinstance(apart, ShuffledMXFP4Tensor)
+    assert apart.gate_up
+    assert_holds(apart, parts, "mxfp4_separated")
     for pieces in (
+        [a[:, :32], a[:, 32:64], a[:, half + 32 : half + 64]],
         [a[:, half:], a[:, :half]],  # up, then gate
         [a[:, :half], b[:, half:]],  # of two layers
         [a[:, :half], a[:, :half]],
@@ -109,5 +114,8 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.cat([down, down[:1]], 2)
     with pytest.raises(ValueError, match="gate_up and dtype"):
         torch.cat([down, down.half()], 2)
-    with pytest.raises(TypeError, match="found a plain tensor of torch.float32"):
-        torch.cat([down, down.dequantize()], 2)
+    with pytest.raises(ValueError, match=r"found \(2, {'rows': 96}, .* and \(2, {'rows': 64}"):
+        torch.cat([down[0], down[1, :64]], 1)
+    for pieces in ([down, down.dequantize(torch.float64)], [down.dequantize(torch.float64), down]):
+        with pytest.raises(TypeError, match="found a plain tensor of torch.float64"):
+            torch.cat(pieces, 2)

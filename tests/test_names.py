@@ -14,6 +14,7 @@ from safetensors.torch import save_file as save_plain
 from torch import Tensor
 
 from shuffled_tensor import CheckpointError, convert, inspect, load_experts, load_file, save_file
+from shuffled_tensor.checkpoint.inspection import Finding
 from shuffled_tensor.cli import main
 
 from .support.bytes import coded, weight_of
@@ -107,6 +108,24 @@ def test_weights_of_any_name_beside_buffers_of_their_module(tmp_path: Path) -> N
     save_file({"a.experts.up": weight_of(DENSE.w13), "a.experts.expert_map": torch.arange(4)}, path)
     assert [finding.problems for finding in inspect(path)] == [()]
     assert main(["verify", str(path)]) == 0
+
+
+def test_what_inspect_says_of_a_companion(tmp_path: Path) -> None:
+    name, path = layer_name("quark"), tmp_path / "model.safetensors"
+    save_plain(in_format("quark", DENSE, name) | {f"{name}.0.norm.weight": torch.ones(1)}, path)
+    (found,) = (finding for finding in inspect(path) if finding.problems)
+    (problem,) = found.problems
+    assert problem.startswith(f"{name}.0.norm.weight in {path} is named as in no format that is known")
+    assert found == Finding(name, "unknown", (), "", "", "", False, (problem,))
+
+
+def test_names_are_kept_to_the_letter(tmp_path: Path) -> None:
+    for number, layer in enumerate(("X.experts", "experts", "XX.X.experts")):
+        path, converted = tmp_path / f"{number}.safetensors", tmp_path / f"{number}.converted"
+        save_plain(in_format("quark", DENSE, layer), path)
+        convert(path, converted)
+        names = {f"{layer}.{which}_weight" for which in ("w13", "w2")}
+        assert {finding.name for finding in inspect(path)} == load_file(converted).keys() == names
 
 
 # --- whole layers that no format knows

@@ -69,6 +69,13 @@ def test_nothing_is_written(packed: bool, wrapped: str, write: str) -> None:
     assert_holds(weight, parts, "mxfp4_moe")
 
 
+def test_a_value_in_a_wrapper_is_not_taken() -> None:
+    weight = weight_of(marked_parts(*SHAPE), "mxfp4_moe")
+    with pytest.raises(TypeError, match=r"value is a TwoTensor of shape \[\], whose parts are not seen; pass"):
+        weight.fill_(TwoTensor(torch.tensor(1.0), torch.tensor(2.0)))
+    assert_holds(weight, marked_parts(*SHAPE), "mxfp4_moe")
+
+
 def test_bytes_in_wrappers_are_not_taken() -> None:
     parts = marked_parts(*SHAPE)
     weight = weight_of(parts)

@@ -181,6 +181,37 @@ def test_every_use_of_a_half_written_weight_is_refused(
             use(module.w13)
 
 
+@pytest.mark.parametrize("source", ["same layout", "other layout"])
+def test_what_is_copied_from_a_half_written_weight_is_nowhere(source: str) -> None:
+    """It is refused before the first byte of the other one is gone."""
+    kind = "mxfp4_moe" if source == "same layout" else "none"
+    module, parts = module_with(weight_of(marked_parts(*SMALL), kind)), marked_parts(*SMALL, salt=8)
+    for write in (
+        lambda w, bad: w.copy_(bad),
+        lambda w, bad: w.index_copy_(0, torch.tensor([1, 0]), bad),
+        lambda w, bad: w[:, :9].copy_(bad[:, :9]),
+    ):
+        other = weight_of(parts, "mxfp4_moe")
+        with refit(module), pytest.raises(RuntimeError, match="this weight cannot be used"):
+            write(other, module.w13)
+        assert_holds(other, parts, "mxfp4_moe")
+
+
+@pytest.mark.parametrize("layout", ["none", "mxfp4_moe"])
+def test_only_all_of_its_experts_make_a_weight_good_again(layout: str) -> None:
+    parts = marked_parts(*SMALL, salt=1)
+    module, new = module_with(weight_of(marked_parts(*SMALL), layout)), weight_of(parts)
+    with pytest.raises(KeyError), refit(module):
+        raise KeyError
+    weight = module.w13
+    weight.index_copy_(0, torch.tensor([1]), new[1:])
+    weight[:, :48].index_copy_(0, torch.tensor([1, 0]), new[:, :48][[1, 0]])
+    with pytest.raises(RuntimeError, match="this weight cannot be used"):
+        weight.dequantize()
+    weight.index_copy_(0, torch.tensor([1, 0]), new[[1, 0]])
+    assert torch.equal(weight.dequantize(torch.float64), dense(*parts))
+
+
 def test_a_refit_inside_a_refit_is_refused() -> None:
     new = marked_parts(*SMALL, salt=1)
     module = module_with(weight_of(marked_parts(*SMALL), "mxfp4_moe"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, quantize_experts_, refit, wrap_experts_
+from shuffled_tensor.mxfp4 import dequantize
 
 from .support.bytes import LAYOUTS, coded, moderate_scales
 from .support.judges import assert_holds, dense
@@ -259,3 +260,13 @@ def test_bad_orders() -> None:
     with pytest.raises(ValueError, match="needs gate_up=True"):
         weight[:, :32].views("interleaved")
     check(weight, *checkpoint(64, 64))
+
+
+def test_bytes_that_are_being_written_are_not_taken_for_parted_ones() -> None:
+    module = nn.Module()
+    module.w13 = nn.Parameter(made(64, 64))
+    with (
+        refit(module),
+        pytest.raises(ValueError, match="ShuffledMXFP4Tensor whose bytes lie as 'interleaved rows', so"),
+    ):
+        dequantize(module.w13.qdata, module.w13.scale)

@@ -207,6 +207,12 @@ def test_the_first_use_of_a_weight_out_of_an_old_file(
     assert torch.equal(use(loaded).dequantize(torch.float64), expected)
 
 
+def test_the_bytes_of_a_weight_out_of_an_old_file_are_known_as_its() -> None:
+    loaded = torch.load(in_the_old_format(weights()))["w13"].shuffle_()
+    with pytest.raises(ValueError, match="qdata .*mxfp4_moe"):
+        ShuffledMXFP4Tensor(loaded.qdata, loaded.scale, gate_up=True, row_order="contiguous")
+
+
 def test_an_old_file_on_another_device() -> None:
     loaded = torch.load(in_the_old_format(weights()), map_location="meta")
     assert loaded["w13"].is_meta

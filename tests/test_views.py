@@ -337,3 +337,27 @@ def test_views_by_dtype(layout: str) -> None:
         assert torch.equal(view.clone(), expected)
         with pytest.raises(TypeError, match=f"a view of {part} shows bytes as .*found torch.int64"):
             view.view(torch.int64)
+
+
+def test_dimensions_are_counted_from_either_end() -> None:
+    parts = marked_parts(3, 96, 160)
+    weight = weight_of(parts, "mxfp4_moe")
+    for dim in (0, -3):
+        for found in (weight.select(dim, 1), weight.unbind(dim)[1], weight.split(1, dim)[1][0]):
+            assert torch.equal(found.dequantize(torch.float64), dense(*parts)[1])
+        assert torch.equal(torch.cat([weight[:1], weight[1:]], dim).dequantize(torch.float64), dense(*parts))
+    for dim in (3, -4):
+        for take in (lambda w, dim: w.unbind(dim), lambda w, dim: w.split(1, dim), lambda w, dim: w.select(dim, 0)):
+            with pytest.raises(IndexError, match=r"^dim must be in -3\.\.2, found|^Dimension out of range"):
+                take(weight, dim)
+
+
+def test_strides_of_its_own_are_itself() -> None:
+    parts = marked_parts(3, 96, 160)
+    weight = weight_of(parts, "mxfp4_moe")
+    assert torch.equal(weight.as_strided(weight.shape, weight.stride()).dequantize(torch.float64), dense(*parts))
+    with pytest.raises(NotImplementedError, match="slice it"):
+        weight.as_strided(weight.shape, weight.stride(), 160)
+    with pytest.raises(TypeError, match=r"the logical dtype must be .*, found torch.int8"):
+        torch.zeros_like(weight, dtype=torch.int8)
+    assert weight.is_pinned() is False

@@ -66,7 +66,7 @@ def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto") -> lis
             detect(files)  # says what it looked for
         grouped = {found: group_layers(files, "", found) for found in formats}
         together = [layer for layers in grouped.values() for layer in layers.items()]
-        for name, problem in unknown_tensors(files, together, format=format).items():
+        for name, problem in unknown_tensors(files, together, "", format).items():
             findings.append(Finding(name, "unknown", (), "", "", "", False, (problem,)))
         for found, layers in grouped.items():
             for name, parts in layers.items():

@@ -186,7 +186,7 @@ def find_layers(files: Files, prefix: str = "", format: FormatName = "auto") -> 
 
 
 def unknown_tensors(
-    files: Files, layers: Iterable[tuple[str, dict[str, Weight]]], prefix: str = "", format: FormatName = "auto"
+    files: Files, layers: Iterable[tuple[str, dict[str, Weight]]], prefix: str, format: FormatName
 ) -> dict[str, str]:
     """What is wrong with tensors that belong to experts by their names, and to none of the weights found: an outer
     scale or an order of columns, which changes every value, or experts in a format that is not known. By layer.

@@ -88,7 +88,7 @@ def _signed_as(call: Callable[_P, MoECall[Any]]) -> Callable[[Callable[..., Tens
     def sign(function: Callable[..., Tensor]) -> Callable[_P, Tensor]:
         function.__signature__ = inspect.signature(call).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
         arguments = inspect.getdoc(call).partition("Args:\n")[2]  # type: ignore[union-attr]
-        function.__doc__ = str(inspect.getdoc(function)).replace("{arguments}", arguments.strip("\n"))
+        function.__doc__ = str(inspect.getdoc(function)).replace("{arguments}", arguments)
         return function
 
     return sign

@@ -47,8 +47,7 @@ def alias(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
     caller = sys._getframe(2)  # beyond __torch_dispatch__
     applying = caller.f_back
     if applying and (caller.f_code, applying.f_code) == (nn.Parameter.__new__.__code__, nn.Module._apply.__code__):
-        kept = vars(applying.f_locals["param"])
-        vars(out).update({name: value for name, value in kept.items() if name != "_is_param"})
+        vars(out).update(vars(applying.f_locals["param"]))
     return out
 
 

@@ -49,7 +49,7 @@ class PartView(StorageTensor):
         rank: int,
         part: Part,
         *,
-        interleaved: bool = False,
+        interleaved: bool,
         dtype: torch.dtype = torch.uint8,
     ) -> PartView:
         """A view of one part of a window; rank 2 shows a single expert."""
