@@ -205,8 +205,9 @@ def test_the_packed_operator_is_told_another_layout_than_the_bytes_have() -> Non
 
 def test_the_packed_operator_is_given_every_other_expert() -> None:
     layer = make_layer("cpu")
-    layer |= {"w13": layer["w13"][::2], "w2": layer["w2"][::2], "topk_ids": layer["topk_ids"] // 2}
-    expected = fused_moe(**layer)
+    ids = layer["topk_ids"] // 2
+    expected = fused_moe(**layer | {"topk_ids": 2 * ids})  # of all experts
+    layer |= {"w13": layer["w13"][::2], "w2": layer["w2"][::2], "topk_ids": ids}
     packed = packed_arguments(layer) | {"out_dtype": "bfloat16"}
     assert torch.equal(torch.ops.shuffled_tensor.fused_moe_packed(**packed), expected)
     layer["w13"].shuffle_("mxfp4_moe")
@@ -237,6 +238,8 @@ def test_memory_that_was_replaced_is_still_what_it_was() -> None:
         old.scale.copy_(new[1])
     assert_holds(old, new, "none")
     assert_holds(weight, parts, "mxfp4_moe")
+    with pytest.raises(ValueError, match="memory of a ShuffledMXFP4Tensor whose bytes lie as 'mxfp4_moe'"):
+        TAKERS["the constructor"](weight.qdata, weight.scale)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 8, 16, 17, 32, 34])
