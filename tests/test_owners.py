@@ -227,7 +227,8 @@ def test_the_packed_operator_is_given_rows_that_are_not_gate_and_up() -> None:
 def test_memory_that_was_replaced_is_still_what_it_was() -> None:
     """A weight is put together again from it, as compilers do."""
     parts, new = marked_parts(*SHAPE), marked_parts(*SHAPE, salt=1)
-    weight = weight_of(parts).share_memory_()
+    shared = (part.clone().share_memory_() for part in parts)
+    weight = ShuffledMXFP4Tensor(*shared, gate_up=True, row_order="contiguous")
     kept, context = {"qdata": weight.qdata, "scale": weight.scale}, weight.__tensor_flatten__()[1]
     weight.shuffle_("mxfp4_moe")  # which replaces memory that others may read
     old = ShuffledMXFP4Tensor.__tensor_unflatten__(kept, context, weight.shape, weight.stride())
