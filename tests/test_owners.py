@@ -28,7 +28,7 @@ from shuffled_tensor.testing import fake_aiter
 
 from .support.bytes import marked_parts, weight_of
 from .support.judges import assert_holds, dense
-from .support.layer import make_layer, packed_arguments
+from .support.layer import make_layer, packed_arguments, weight_parts
 
 LAYOUTS = ["mxfp4_moe", "mxfp4_separated"]
 SHAPE = (3, 512, 512)  # in K=512, shuffling codes twice changes nothing
@@ -201,6 +201,58 @@ def test_the_packed_operator_is_told_another_layout_than_the_bytes_have() -> Non
     layer["w13"].shuffle_("mxfp4_moe")
     layer["w2"].shuffle_("mxfp4_separated")
     assert torch.equal(torch.ops.shuffled_tensor.fused_moe_packed(**packed), expected)
+
+
+def test_the_packed_operator_is_given_every_other_expert() -> None:
+    layer = make_layer("cpu")
+    ids = layer["topk_ids"] // 2
+    expected = fused_moe(**layer | {"topk_ids": 2 * ids})  # of all experts
+    layer |= {"w13": layer["w13"][::2], "w2": layer["w2"][::2], "topk_ids": ids}
+    packed = packed_arguments(layer) | {"out_dtype": "bfloat16"}
+    assert torch.equal(torch.ops.shuffled_tensor.fused_moe_packed(**packed), expected)
+    layer["w13"].shuffle_("mxfp4_moe")
+    assert torch.equal(torch.ops.shuffled_tensor.fused_moe_packed(**packed), expected)
+
+
+def test_the_packed_operator_is_given_rows_that_are_not_gate_and_up() -> None:
+    """Padded to the same size: only who owns them knows."""
+    layer = make_layer("cpu")
+    packed = packed_arguments(layer) | {"out_dtype": "bfloat16"}
+    w13 = ShuffledMXFP4Tensor(*weight_parts("w13"), gate_up=False)
+    assert w13.qdata.shape == layer["w13"].qdata.shape
+    with pytest.raises(RuntimeError, match="a part of a weight of .*gate_up=False"):
+        torch.ops.shuffled_tensor.fused_moe_packed(**packed | {"w13_qdata": w13.qdata, "w13_scale": w13.scale})
+
+
+def test_memory_that_was_replaced_is_still_what_it_was() -> None:
+    """A weight is put together again from it, as compilers do."""
+    parts, new = marked_parts(*SHAPE), marked_parts(*SHAPE, salt=1)
+    shared = (part.clone().share_memory_() for part in parts)
+    weight = ShuffledMXFP4Tensor(*shared, gate_up=True, row_order="contiguous")
+    kept, context = {"qdata": weight.qdata, "scale": weight.scale}, weight.__tensor_flatten__()[1]
+    weight.shuffle_("mxfp4_moe")  # which replaces memory that others may read
+    old = ShuffledMXFP4Tensor.__tensor_unflatten__(kept, context, weight.shape, weight.stride())
+    assert_holds(old, parts, "none")
+    assert old.row_order == "contiguous"
+    with refit(old):
+        old.qdata.copy_(new[0])
+        old.scale.copy_(new[1])
+    assert_holds(old, new, "none")
+    assert_holds(weight, parts, "mxfp4_moe")
+    with pytest.raises(ValueError, match="memory of a ShuffledMXFP4Tensor whose bytes lie as 'mxfp4_moe'"):
+        TAKERS["the constructor"](weight.qdata, weight.scale)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8, 16, 17, 32, 34])
+def test_memory_that_is_not_aligned_is_copied(offset: int) -> None:
+    """Kernels move 16 bytes at a time; any other is taken over."""
+    parts = marked_parts(1, 256, 256)
+    memory = torch.empty(offset + parts[0].numel(), dtype=torch.uint8)
+    codes = memory[offset:].view(parts[0].shape).copy_(parts[0])
+    weight = ShuffledMXFP4Tensor(codes, parts[1].clone(), gate_up=False)
+    assert (weight.qdata.data_ptr() == codes.data_ptr()) == (offset % 16 == 0)
+    assert weight.qdata.data_ptr() % 16 == 0
+    assert_holds(weight, parts, "none")
 
 
 @pytest.mark.parametrize("expert", [1, slice(0, 2), slice(None, None, 2)])

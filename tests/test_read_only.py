@@ -55,7 +55,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "overload": lambda values: torch.ops.aten.zero_.default(values),
     "a part": lambda values: values[0].zero_(),
     "a part of a part": lambda values: values.mT[..., 1:].chunk(2)[1].zero_(),
-    "one of several": lambda values: torch.broadcast_tensors(values, one()[0].T)[0].zero_(),
+    "one of several": lambda values: torch.broadcast_tensors(values, one()[0].expand(1, 1, 512, 512))[0].zero_(),
     "detached": lambda values: values.detach().zero_(),
     "data": lambda values: values.data.zero_(),
     "data =": lambda values: setattr(values, "data", torch.zeros(2)),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, layouts, override_arch, refit
+from shuffled_tensor import ShuffledMXFP4Tensor, dequantize, fused_moe, layouts, override_arch, refit
 from shuffled_tensor.tensor import storage
 from shuffled_tensor.testing import fake_aiter
 
@@ -176,7 +176,11 @@ def test_every_use_of_a_half_written_weight_is_refused(
         with pytest.raises(KeyError), refit(module):
             raise KeyError
     with nullcontext() if interrupted else refit(module):
-        why = r"a refit ended early \(KeyError\)" if interrupted else "it is being written in a refit"
+        why = (
+            r"a refit ended early \(KeyError\), .*; write it whole, with load_state_dict, copy_ or another refit, or say"
+            if interrupted
+            else "it is being written in a refit; wait until that ends"
+        )
         with pytest.raises(RuntimeError, match=f"this weight cannot be used: {why}"):
             use(module.w13)
 
@@ -210,6 +214,17 @@ def test_only_all_of_its_experts_make_a_weight_good_again(layout: str) -> None:
         weight.dequantize()
     weight.index_copy_(0, torch.tensor([1, 0]), new[[1, 0]])
     assert torch.equal(weight.dequantize(torch.float64), dense(*parts))
+
+
+def test_bytes_of_a_half_written_weight_are_not_taken_for_plain_ones() -> None:
+    weight = weight_of(marked_parts(1, 256, 256))
+    with suppress(KeyError), refit(weight):
+        raise KeyError
+    for take in (lambda q, s: ShuffledMXFP4Tensor(q, s, gate_up=False), dequantize):
+        with pytest.raises(
+            ValueError, match=r"a ShuffledMXFP4Tensor that is unusable \(a refit ended early \(KeyError"
+        ):
+            take(weight.qdata, weight.scale[..., :8])
 
 
 def test_a_refit_inside_a_refit_is_refused() -> None:
@@ -351,6 +366,7 @@ def test_an_exception_between_writes(recover: Callable[..., None], writes: int, 
         raise KeyError("connection lost")
     for weight in module.parameters():
         weight[1].copy_(weight_of(marked_parts(1, *weight.shape[1:]), gate_up=weight.gate_up)[0])  # not all of it
+        weight.qdata_view.copy_(marked_parts(*weight.shape)[0])
         with pytest.raises(RuntimeError, match=r"cannot be used: a refit ended early \(KeyError\)"):
             weight.dequantize()
     recover(module, last)

@@ -6,6 +6,7 @@
 
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, layouts, refit
 from shuffled_tensor.layouts import Order
+from shuffled_tensor.moe import op
 
 from .support.bytes import marked_parts, weight_of
 from .support.judges import assert_holds, dense
@@ -155,6 +158,53 @@ def test_two_threads_that_use_two_weights_crosswise(
     with beside(lambda: operation(b, a), lambda: relayout(a)):
         for _ in for_a_while():
             operation(a, b)
+
+
+def test_weights_are_joined_after_another_thread_has_written_one() -> None:
+    parts = marked_parts(*SMALL)
+    a, b = weight_of(parts), weight_of(parts)
+    inside = threading.Event()
+
+    def write() -> None:
+        with b.writing():
+            inside.set()
+            time.sleep(0.5)
+            b.zero_()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    inside.wait()
+    joined = torch.cat([a, b]).dequantize(torch.float64)
+    thread.join()
+    assert torch.equal(joined, torch.cat([dense(*parts), torch.zeros(SMALL)]))
+
+
+def test_a_refit_waits_for_a_layer_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer("cpu")
+    expected = fused_moe(**layer)
+    inside, written, select = threading.Event(), threading.Event(), op._select
+
+    def slow(call: Any, names: Any) -> op.Choice:
+        choice = select(call, names)
+
+        def run(call: Any) -> Tensor:
+            inside.set()
+            written.wait(0.5)
+            return choice.run(call)
+
+        return choice._replace(run=run)
+
+    def write() -> None:
+        with refit(layer["w13"]):  # whose bytes are row-major already
+            layer["w13"].qdata.zero_()
+        written.set()
+
+    monkeypatch.setattr(op, "_select", slow)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(fused_moe, **layer)
+        inside.wait()
+        write()
+        assert torch.equal(running.result(), expected)
 
 
 # --- processes
@@ -381,7 +431,10 @@ def test_a_refit_after_one_that_failed_must_write_everything(left_out: str, layo
     if left_out == "nothing":
         second()
     else:
-        with pytest.raises(RuntimeError, match="has not written all of it: (qdata|scale) of expert"):
+        part, of = (
+            ("qdata", "are missing;") if "codes" in left_out else ("scale", "are missing (or it holds NaN scales")
+        )
+        with pytest.raises(RuntimeError, match=rf"has not written all of it: {part} of expert \d {re.escape(of)}"):
             second()
         with pytest.raises(RuntimeError, match="cannot be used"):
             weight.dequantize()

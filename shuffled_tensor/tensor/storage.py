@@ -262,14 +262,12 @@ class PackedStorage:
                 self.order(part).unshuffle(self.bytes_of(part), out=data, scratch=scratch)
                 layout.order(part, self.geometry.gate_up).shuffle(data, out=data, scratch=scratch)
             self._synchronize()  # others will read them as soon as this returns
-            if not in_place:
-                if self._owned is not None:  # who still has the old bytes has them as they are
-                    owners.register(None, Validity(self.layout), self.qdata, self.scale)
+            if not in_place:  # who still has the old bytes has them as they are
+                owners.register(None, Validity(self.layout), self.qdata, self.scale)
                 self.qdata, self.scale = parts
                 self.sent = False
             self.validity.layout = layout
-        if not in_place and self._owned is not None:
-            self.own()
+        self.own()
 
     @contextmanager
     def _outside(self) -> Iterator[None]:

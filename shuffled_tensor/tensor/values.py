@@ -17,11 +17,8 @@ __all__ = ["Values"]
 _C: Any = torch._C  # not all of it has types
 _SET_DATA = vars(_C.TensorBase)["data"].__set__
 
-_IN_PLACE = {
-    "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "floordiv", "mod")),  # `/=` is called div, `**=` pow_
-    *(f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")),
-}
+# `+=` and its like come as add_
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift"))}
 _HARMLESS = {"requires_grad_", "share_memory_"}
 
 
