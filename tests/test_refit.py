@@ -193,6 +193,7 @@ def test_what_is_copied_from_a_half_written_weight_is_nowhere(source: str) -> No
     for write in (
         lambda w, bad: w.copy_(bad),
         lambda w, bad: w.index_copy_(0, torch.tensor([1, 0]), bad),
+        lambda w, bad: w.index_copy_(0, torch.tensor([], dtype=torch.int64), bad[:0]),
         lambda w, bad: w[:, :9].copy_(bad[:, :9]),
     ):
         other = weight_of(parts, "mxfp4_moe")
