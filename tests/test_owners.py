@@ -4,6 +4,7 @@
 import copy
 import gc
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -398,3 +399,18 @@ def test_install_refuses() -> None:
     with pytest.raises(AttributeError, match="v is a str"):
         install_(module, "v", weight_of(marked_parts(*SHAPE)))
     assert module.w.numel() == 2
+
+
+@pytest.mark.parametrize("move", [lambda w: w.share_memory_(), ForkingPickler.dumps], ids=["share_memory_", "sent"])
+def test_memory_that_was_moved_to_other_processes_is_known(move: Callable[[ShuffledMXFP4Tensor], object]) -> None:
+    parts = marked_parts(2, 512, 512)
+    weight = ShuffledMXFP4Tensor(*parts, gate_up=True, row_order="interleaved").shuffle_("mxfp4_moe")
+    move(weight)
+    with pytest.raises(ValueError, match="qdata is memory of a ShuffledMXFP4Tensor whose bytes lie as 'mxfp4_moe'"):
+        ShuffledMXFP4Tensor(weight.qdata, weight.scale, gate_up=True, row_order="contiguous")
+    with pytest.raises(ValueError, match="scale is memory of a ShuffledMXFP4Tensor"):
+        dequantize(parts[0], weight.scale)
+    replaced = weight.qdata
+    weight.unshuffle_()
+    record = owners.find(replaced).record  # type: ignore[union-attr]
+    assert (record.layout.name, record.row_order) == ("mxfp4_moe", "interleaved")

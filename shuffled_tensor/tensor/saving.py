@@ -176,6 +176,8 @@ def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:
     Neither process lays them out anew in place from now on, so what each believes of them stays true.
     """
     with storage.held():
+        if storage.device.type == "cpu":
+            storage.share_memory_()  # here, and not when torch pickles them, so that it is known where they are now
         storage.sent = True
         layouts = storage.layout.name, name_or_none(storage.requested_layout)
         return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), *layouts, storage.row_order)

@@ -77,7 +77,7 @@ class PackedStorage:
         self.validity = Validity(layout, row_order)
         self.lock = threading.RLock()
         self.running: set[threading.RLock] = set()
-        self._owned: Tensor | None = None
+        self._owned: int | None = None
         self._unwritten: Unwritten | None = None
 
     @property
@@ -96,9 +96,16 @@ class PackedStorage:
 
     def own(self) -> None:
         """Tell whoever meets the bytes without this object that they are its."""
-        if self._owned is not self.qdata and self.is_real:
+        if self.is_real and self._owned != self.qdata.data_ptr():
             owners.register(self, self.validity, self.qdata, self.scale)
-            self._owned = self.qdata
+            self._owned = self.qdata.data_ptr()
+
+    def share_memory_(self) -> None:
+        """Move the bytes to memory that other processes may see."""
+        with self.lock:
+            for part in PARTS:
+                self.bytes_of(part).share_memory_()
+            self.own()  # at new addresses
 
     @classmethod
     def owner_of(cls, qdata: Tensor, scale: Tensor, geometry: Geometry) -> tuple[PackedStorage, range] | None:
@@ -263,7 +270,7 @@ class PackedStorage:
                 layout.order(part, self.geometry.gate_up).shuffle(data, out=data, scratch=scratch)
             self._synchronize()  # others will read them as soon as this returns
             if not in_place:  # who still has the old bytes has them as they are
-                owners.register(None, Validity(self.layout), self.qdata, self.scale)
+                owners.register(None, Validity(self.layout, self.row_order), self.qdata, self.scale)
                 self.qdata, self.scale = parts
                 self.sent = False
             self.validity.layout = layout

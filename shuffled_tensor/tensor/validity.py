@@ -43,7 +43,7 @@ class Validity:
 
     __slots__ = ("_changing", "_reason", "layout", "layout_after_refit", "refit", "row_order", "state")
 
-    def __init__(self, layout: Layout, row_order: RowOrder = "contiguous") -> None:
+    def __init__(self, layout: Layout, row_order: RowOrder) -> None:
         self.layout = layout
         """The one that the bytes are in now."""
         self.row_order: RowOrder = row_order

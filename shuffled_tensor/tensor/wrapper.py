@@ -152,8 +152,7 @@ class Wrapper(StorageTensor):
 
     def share_memory_(self) -> Self:
         """Move codes and scales to shared memory; a later change of layout replaces them instead of rewriting them."""
-        self._storage.qdata.share_memory_()
-        self._storage.scale.share_memory_()
+        self._storage.share_memory_()
         return self
 
     def is_shared(self) -> bool:
