@@ -371,8 +371,15 @@ def test_collectives_are_refused() -> None:
             lambda: torch.distributed.all_gather([weight], weight),
             lambda: torch.distributed.scatter(weight, [weight]),
         ):
-            with pytest.raises(NotImplementedError, match=r"send \.qdata and \.scale"):
+            with pytest.raises(NotImplementedError, match=r"send \.qdata_view\.clone\(\) and \.scale_view"):
                 call()
+        # as the message says, to a rank whose weight lies otherwise
+        other = weight_of(marked_parts(*SHAPE, salt=1), "mxfp4_separated")
+        for own, there in ((weight.qdata_view, other.qdata_view), (weight.scale_view, other.scale_view)):
+            sent = own.clone()
+            torch.distributed.broadcast(sent, 0)
+            there.copy_(sent)
+        assert_holds(other, marked_parts(*SHAPE), "mxfp4_separated")
     finally:
         torch.distributed.destroy_process_group()
     assert_holds(weight, marked_parts(*SHAPE), "mxfp4_moe")

@@ -123,7 +123,8 @@ REFUSED: dict[str, tuple[tuple[Operator, ...], str]] = {
             "c10d::send",
             "c10d::recv_",
         ),
-        "send .qdata and .scale, to a rank that holds the same layout",
+        "send .qdata_view.clone() and .scale_view.clone(), which are row-major bytes, and copy_ what is received into "
+        "the views there; .qdata and .scale are a weight only where both ranks have the same layout and padding",
     ),
 }
 
