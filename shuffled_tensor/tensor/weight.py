@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import ROW_MAJOR, ROW_ORDERS, expert_chunks, find_layout, layout_or_none, name_or_none
-from shuffled_tensor.mxfp4 import PARTS, ScaleRule
+from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part, ScaleRule
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import Operations
@@ -249,13 +249,13 @@ class ShuffledMXFP4Tensor(Wrapper):
     def qdata_view(self) -> PartView:
         """The codes as loaders know them, to be written in any layout: uint8 ``[E, N, K/2]``, row-major and without
         pads, gate and up rows in :attr:`row_order`."""
-        return self.views()[0]
+        return self._part_view(CODES)
 
     @property
     def scale_view(self) -> PartView:
         """The scales as loaders know them, to be written in any layout: uint8 ``[E, N, K/32]``, row-major and without
         pads, gate and up rows in :attr:`row_order`."""
-        return self.views()[1]
+        return self._part_view(SCALES)
 
     def views(self, row_order: RowOrder | None = None) -> tuple[PartView, PartView]:
         """:attr:`qdata_view` and :attr:`scale_view`, with gate and up rows in another order than :attr:`row_order`.
@@ -263,11 +263,11 @@ class ShuffledMXFP4Tensor(Wrapper):
         Raises:
             ValueError: an unknown order, or one of rows that are not gate and up.
         """
+        return self._part_view(CODES, row_order), self._part_view(SCALES, row_order)
+
+    def _part_view(self, part: Part, row_order: RowOrder | None = None) -> PartView:
         interleaved = self._interleaved(row_order)
-        codes, scales = (
-            PartView.make(self._storage, self._window, self.dim(), part, interleaved=interleaved) for part in PARTS
-        )
-        return codes, scales
+        return PartView.make(self._storage, self._window, self.dim(), part, interleaved=interleaved)
 
     @property
     def row_order(self) -> RowOrder | None:
