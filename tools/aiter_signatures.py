@@ -19,11 +19,14 @@ __all__ = ["signatures", "text"]
 # The commits that the table of versions is about, and the releases around them.
 REVISIONS = (
     "57e74501a5", "39e2ed7e8a", "d6ede4548e", "46ecc4489d", "05567f6668", "b2dd7703df", "de07f3885e", "e4048607a5",
-    "55f4bfeb5e", "2bb3bca2df", "v0.1.14", "v0.1.15", "v0.1.16", "v0.1.17", "v0.1.16.post4", "v0.1.18",
-    "v0.1.20.post1",
+    "55f4bfeb5e", "2bb3bca2df", "v0.1.14", "v0.1.15", "v0.1.16", "v0.1.17", "v0.1.16.post4", "v0.1.16.post6",
+    "v0.1.17-longctx", "v0.1.18", "v0.1.19", "v0.1.20.post1",
 )  # fmt: skip
 FUNCTIONS = ("fused_moe", "fused_moe_", "get_2stage_cfgs")
-ATTRIBUTES = ("_mxfp4_moe_run", "mxfp4_moe_run", "_MXFP4_PORT_KIND", "_mxfp4_a4w4_stage1_fw")
+ATTRIBUTES = (
+    "_mxfp4_moe_run", "mxfp4_moe_run", "_MXFP4_PORT_KIND", "_mxfp4_a4w4_stage1_fw",
+    "fused_dynamic_mxfp8_quant_moe_sort",
+)  # fmt: skip
 HIP_OPERATOR = "mxfp4_moe_gemm1_a4w4"
 
 
@@ -53,7 +56,8 @@ def _read(clone: str, revision: str) -> dict[str, Any]:
 
 
 def _top_level(module: ast.Module) -> tuple[dict[str, ast.FunctionDef], dict[str, Any]]:
-    """The functions that a module defines, and the values that it gives to names; None where one is no constant."""
+    """The functions that a module defines, and the values that names have which it assigns or imports; None where one
+    is no constant."""
     functions, values = {}, {}
     for statement in module.body:
         if isinstance(statement, ast.FunctionDef):
@@ -61,6 +65,8 @@ def _top_level(module: ast.Module) -> tuple[dict[str, ast.FunctionDef], dict[str
         elif isinstance(statement, ast.Assign):
             constant = statement.value.value if isinstance(statement.value, ast.Constant) else None
             values.update({target.id: constant for target in statement.targets if isinstance(target, ast.Name)})
+        elif isinstance(statement, ast.ImportFrom):
+            values.update({name.asname or name.name: None for name in statement.names})
     return functions, values
 
 
