@@ -22,6 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, explain, fused_moe
 from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
 from shuffled_tensor.mxfp4 import dequantize, quantize
+from shuffled_tensor.tensor.storage import PackedStorage
 
 from .support.bytes import coded, moderate_scales
 from .support.judges import cosine, dense, dense_moe, relative_error
@@ -76,6 +77,20 @@ KINDS_OR_NONE = st.sampled_from([None, *KINDS])
 
 
 @st.composite
+def activations(draw: Any) -> dict[str, Any]:
+    """An activation, and some of the parameters that it takes."""
+    name = draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "swiglu", "situ"]))
+    if name == "situ":
+        return {"activation": name, "situ_beta": draw(st.sampled_from([0.5, 4.0])), "situ_linear_beta": 25.0}
+    alpha = {"swiglu_alpha": draw(st.sampled_from([None, 0.5, 2.5]))} if name == "swiglu" else {}
+    return {"activation": name, "swiglu_limit": draw(st.sampled_from([None, 0.5, 3.0])), **alpha}
+
+
+def count_of_tokens(count: int) -> Tensor:
+    return torch.tensor([count], dtype=torch.int32)
+
+
+@st.composite
 def layers(draw: Any) -> dict[str, Any]:
     """A random layer as plain bytes, tokens routed to it, and what is asked of it."""
     experts, intermediate, hidden = (
@@ -105,12 +120,12 @@ def layers(draw: Any) -> dict[str, Any]:
         ),
         "kinds": (draw(KINDS_OR_NONE), draw(KINDS_OR_NONE)),
         "options": {
-            "activation": draw(st.sampled_from(["silu", "gelu", "swiglu"])),
             "w13_bias": randn(experts, 2 * intermediate) if biased else None,
             "w2_bias": randn(experts, hidden) if biased else None,
             "expert_mask": mask,
+            "num_local_tokens": draw(st.none() | st.integers(0, tokens).map(count_of_tokens)),
             "doweight_stage1": draw(st.booleans()),
-            "swiglu_limit": draw(st.sampled_from([None, 0.5, 3.0])),
+            **draw(activations()),
         },
     }
 
@@ -200,23 +215,100 @@ def test_experts_of_a_larger_weight() -> None:
     assert torch.equal(fused_moe(**part), fused_moe(**whole))
 
 
+GRID = [-20.0, -8.0, -7.0, -1.5, -0.25, 0.0, 0.25, 0.5, 1.0, 6.5, 7.0, 8.0, 20.0]
+GATES, UPS = torch.cartesian_prod(*2 * [torch.tensor(GRID, dtype=torch.float64)]).T
+"""Past every limit."""
+
+
+def assert_is(name: ActivationName, formula: Callable[[float, float], float], **parameters: float | None) -> None:
+    by_hand = torch.tensor([formula(*pair) for pair in zip(GATES.tolist(), UPS.tolist(), strict=True)])
+    torch.testing.assert_close(ACTIVATIONS[name](GATES, UPS, **parameters), by_hand.double(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("limit", [None, 0.5, 7.0])
-@pytest.mark.parametrize("name", ["silu", "gelu", "swiglu"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "swiglu"])
 def test_activations_by_formula(name: ActivationName, limit: float | None) -> None:
-    """On a grid that goes past every limit: the gate is clamped from above alone, up from both sides."""
-    grid = [-20.0, -8.0, -7.0, -1.5, -0.25, 0.0, 0.25, 0.5, 1.0, 6.5, 7.0, 8.0, 20.0]
-    gates, ups = torch.cartesian_prod(*2 * [torch.tensor(grid, dtype=torch.float64)]).T
+    """The gate is clamped from above alone, up from both sides."""
     most = limit or (7.0 if name == "swiglu" else math.inf)
 
     def expected(gate: float, up: float) -> float:
         gate, up = min(gate, most), max(-most, min(up, most))
         if name == "gelu":
             return gate * (1 + math.erf(gate / math.sqrt(2))) / 2 * up
+        if name == "gelu_tanh":
+            return gate * (1 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2 * up
         sharpness, shift = (1.702, 1.0) if name == "swiglu" else (1.0, 0.0)
         return gate / (1 + math.exp(-sharpness * gate)) * (up + shift)
 
-    by_hand = torch.tensor([expected(*pair) for pair in zip(gates.tolist(), ups.tolist(), strict=True)])
-    torch.testing.assert_close(ACTIVATIONS[name](gates, ups, limit), by_hand.double(), rtol=1e-6, atol=1e-6)
+    assert_is(name, expected, swiglu_limit=limit)
+    assert_is(name, expected, swiglu_limit=limit, swiglu_alpha=None, situ_beta=0.1)  # as a call hands them over
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.702, 3.0])
+def test_the_alpha_of_swiglu(alpha: float) -> None:
+    def expected(gate: float, up: float) -> float:
+        gate, up = min(gate, 7.0), max(-7.0, min(up, 7.0))
+        return gate / (1 + math.exp(-alpha * gate)) * (up + 1)
+
+    assert_is("swiglu", expected, swiglu_alpha=alpha)
+
+
+@pytest.mark.parametrize(("beta", "linear_beta"), [(4.0, 25.0), (25.0, 4.0), (0.5, 1.0)])
+def test_situ_by_formula(beta: float, linear_beta: float) -> None:
+    """Both are bounded, by their own, and the sigmoid is of the gate as it came."""
+
+    def expected(gate: float, up: float) -> float:
+        bounded = beta * math.tanh(gate / beta), linear_beta * math.tanh(up / linear_beta)
+        return bounded[0] * bounded[1] / (1 + math.exp(-gate))
+
+    assert_is("situ", expected, situ_beta=beta, situ_linear_beta=linear_beta)
+
+
+def test_the_tanh_approximation_is_torchs_own() -> None:
+    found = ACTIVATIONS["gelu_tanh"](GATES, UPS)
+    assert torch.equal(found, torch.nn.GELU(approximate="tanh")(GATES) * UPS)
+    assert not torch.allclose(found, ACTIVATIONS["gelu"](GATES, UPS), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_padding_among_the_tokens_is_not_looked_at(count: int, packed: bool, shape: tuple[int, ...]) -> None:
+    """Ids of no expert, weights and hidden states of NaN."""
+    layer = small_layer()
+    dense_layer = layer | {name: layer[name].dequantize(torch.float64) for name in ("w13", "w2")}
+    if packed:
+        layer["hidden_states"], layer["hidden_scale"] = quantize(layer["hidden_states"])
+        layer["out_dtype"] = torch.float32
+        dense_layer["hidden_states"] = dense(layer["hidden_states"], layer["hidden_scale"])
+    expected = dense_moe(**dense_layer)
+    assert expected.any(dim=1).all()
+    layer["topk_ids"][count:] = torch.tensor([-7, 10**6])
+    layer["topk_weight"][count:] = math.nan
+    if packed:
+        layer["hidden_scale"][count:] = 255
+    else:
+        layer["hidden_states"][count:] = math.nan
+    out = fused_moe(**layer, num_local_tokens=torch.full(shape, count, dtype=torch.int32))
+    assert out.shape == expected.shape
+    assert not count or relative_error(out[:count], expected[:count]) <= 1e-5
+    assert not out[count:].any()
+
+
+def test_an_expert_of_padding_alone_is_not_dequantised() -> None:
+    layer = small_layer()
+    layer["topk_ids"] = torch.tensor([[0, 2], [2, 0], [1, 1], [1, 1]])
+    read = []
+    dequantize_experts = PackedStorage.dequantize
+
+    def reading(storage: PackedStorage, part: Any, dtype: torch.dtype) -> Tensor:
+        read.append(part.experts)
+        return dequantize_experts(storage, part, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedStorage, "dequantize", reading)
+        fused_moe(**layer, num_local_tokens=torch.tensor([2], dtype=torch.int32))
+    assert {expert for experts in read for expert in experts} == {0, 2}
 
 
 def test_no_gradient() -> None:
@@ -274,6 +366,19 @@ def test_bad_input() -> None:
         "scale rule": {"activation_dtype": "mxfp4", "scale_rule": "ceil"},
         "scale rule alone": {"scale_rule": "even"},
         "limit": {"swiglu_limit": 0.0},
+        "alpha": {"activation": "swiglu", "swiglu_alpha": -1.702},
+        "alpha of silu": {"swiglu_alpha": 1.702},
+        "limit of situ": {"activation": "situ", "situ_beta": 4.0, "situ_linear_beta": 25.0, "swiglu_limit": 7.0},
+        "betas of swiglu": {"activation": "swiglu", "situ_beta": 4.0, "situ_linear_beta": 25.0},
+        "situ alone": {"activation": "situ"},
+        "situ without a bound of up": {"activation": "situ", "situ_beta": 4.0},
+        "bound of up that is none": {"activation": "situ", "situ_beta": 4, "situ_linear_beta": math.inf},
+        "count of tokens, dtype": {"num_local_tokens": torch.tensor([2])},
+        "count of tokens, shape": {"num_local_tokens": torch.tensor([2, 2], dtype=torch.int32)},
+        "count of tokens, rank": {"num_local_tokens": torch.tensor([[2]], dtype=torch.int32)},
+        "more tokens than rows": {"num_local_tokens": torch.tensor([5], dtype=torch.int32)},
+        "fewer tokens than none": {"num_local_tokens": torch.tensor(-1, dtype=torch.int32)},
+        "count of tokens, device": {"num_local_tokens": torch.tensor(2, dtype=torch.int32, device="meta")},
         "out dtype": {"out_dtype": torch.int8},
         "backend": {"backend": "cuda"},
         "device": {"topk_weight": layer["topk_weight"].to("meta")},
@@ -311,11 +416,24 @@ bias dtype: TypeError: w2_bias must be torch.bfloat16 or torch.float16 or torch.
 mask dtype: TypeError: expert_mask must be torch.int32, found torch.bool
 mask length: ValueError: expert_mask must be [global experts], 1 where local, found shape [2] for 3 local experts
 mask sum: ValueError: expert_mask marks 4 local experts, but the weights hold 3
-activation: ValueError: unknown activation 'relu'; known activations: 'silu', 'gelu', 'swiglu'
+activation: ValueError: unknown activation 'relu'; known activations: 'silu', 'gelu', 'gelu_tanh', 'swiglu', 'situ'
 activation dtype: ValueError: activation_dtype must be None (activations as they come) or 'mxfp4', found 'fp8'
 scale rule: ValueError: unknown scale_rule 'ceil'; known rules: 'floor', 'even', 'round_up', 'amax4'
 scale rule alone: ValueError: scale_rule='even' quantises activations, so it needs activation_dtype='mxfp4'
-limit: ValueError: swiglu_limit must be positive, or None for the activation's own, found 0.0
+limit: ValueError: swiglu_limit must be positive and finite, or None for the activation's own, found 0.0
+alpha: ValueError: swiglu_alpha must be positive and finite, or None for the activation's own, found -1.702
+alpha of silu: ValueError: activation='silu' takes no swiglu_alpha; it takes swiglu_limit, and swiglu_alpha is for 'swiglu'
+limit of situ: ValueError: activation='situ' takes no swiglu_limit; it takes situ_beta and situ_linear_beta, and swiglu_limit is for 'silu', 'gelu', 'gelu_tanh', 'swiglu'
+betas of swiglu: ValueError: activation='swiglu' takes no situ_beta; it takes swiglu_limit and swiglu_alpha, and situ_beta is for 'situ'
+situ alone: ValueError: activation='situ' needs situ_beta, which has no default
+situ without a bound of up: ValueError: activation='situ' needs situ_linear_beta, which has no default
+bound of up that is none: ValueError: situ_linear_beta must be positive and finite, found inf
+count of tokens, dtype: TypeError: num_local_tokens must be torch.int32, found torch.int64
+count of tokens, shape: ValueError: num_local_tokens must be one number, [1] or of no dimension, found shape [2]
+count of tokens, rank: ValueError: num_local_tokens must be one number, [1] or of no dimension, found shape [1, 1]
+more tokens than rows: ValueError: num_local_tokens must be in 0..4, the rows of hidden_states, found 5
+fewer tokens than none: ValueError: num_local_tokens must be in 0..4, the rows of hidden_states, found -1
+count of tokens, device: ValueError: all tensors must be on the device of w13, cpu; found num_local_tokens on meta
 out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found torch.int8
 backend: ValueError: unknown backend 'cuda'; known backends: 'aiter', 'reference'
 device: ValueError: all tensors must be on the device of w13, cpu; found topk_weight on meta""",
@@ -452,6 +570,7 @@ def test_arguments_of_other_types() -> None:
         "ids": {"topk_ids": None},
         "bias": {"w2_bias": 0.0},
         "mask": {"expert_mask": [1, 1, 1]},
+        "count of tokens": {"num_local_tokens": 2},
         "doweight_stage1": {"doweight_stage1": None},
         "doweight_stage1 as 1": {"doweight_stage1": 1},
         "limit": {"swiglu_limit": "7"},
@@ -487,12 +606,13 @@ weight as hidden states: TypeError: hidden_states must be a plain tensor, found 
 ids: TypeError: topk_ids must be a plain tensor, found NoneType
 bias: TypeError: w2_bias must be a plain tensor, found float
 mask: TypeError: expert_mask must be a plain tensor, found list
+count of tokens: TypeError: num_local_tokens must be a plain tensor, found int
 doweight_stage1: TypeError: doweight_stage1 must be True or False, found None
 doweight_stage1 as 1: TypeError: doweight_stage1 must be True or False, found 1
 limit: TypeError: swiglu_limit must be a number or None, found '7'
 limit as True: TypeError: swiglu_limit must be a number or None, found True
-no activation: ValueError: unknown activation None; known activations: 'silu', 'gelu', 'swiglu'
-activation: ValueError: unknown activation ['silu']; known activations: 'silu', 'gelu', 'swiglu'
+no activation: ValueError: unknown activation None; known activations: 'silu', 'gelu', 'gelu_tanh', 'swiglu', 'situ'
+activation: ValueError: unknown activation ['silu']; known activations: 'silu', 'gelu', 'gelu_tanh', 'swiglu', 'situ'
 activation dtype: ValueError: unknown activation_dtype torch.bfloat16; known activation_dtypes: 'mxfp4'
 scale rule: ValueError: unknown scale_rule 1; known scale_rules: 'floor', 'even', 'round_up', 'amax4'
 backend: ValueError: unknown backend ['reference']; known backends: 'aiter', 'reference'
@@ -587,8 +707,8 @@ scale dtype: TypeError: hidden_scale must be torch.uint8 or torch.float8_e8m0fnu
 bias of w2, shape: ValueError: w2_bias must be [3, 64], found shape [3, 128]
 bias of w13, dtype: TypeError: w13_bias must be torch.bfloat16 or torch.float16 or torch.float32, found torch.float64
 mask rank: ValueError: expert_mask must be [global experts], 1 where local, found shape [1, 3] for 3 local experts
-negative limit: ValueError: swiglu_limit must be positive, or None for the activation's own, found -1.0
-limit that is no number: ValueError: swiglu_limit must be positive, or None for the activation's own, found nan
+negative limit: ValueError: swiglu_limit must be positive and finite, or None for the activation's own, found -1.0
+limit that is no number: ValueError: swiglu_limit must be positive and finite, or None for the activation's own, found nan
 rule: ValueError: scale_rule='even' quantises activations, so it needs activation_dtype='mxfp4'
 out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found torch.float64
 device of the scales: ValueError: all tensors must be on the device of w13, cpu; found w2 on meta

@@ -21,7 +21,7 @@ def use(x: Tensor, qdata: Tensor, scale: Tensor, w2: ShuffledMXFP4Tensor) -> Non
     w13 = ShuffledMXFP4Tensor(qdata, scale, gate_up=True, row_order="interleave")
     fused_moe(x, w13, w2, x, x, activation="relu")
     fused_moe(x, w13, w2, x, x, backend="aitr")
-    fused_moe(x, w13, w2, x, x, swiglu_alpha=1.0)
+    fused_moe(x, w13, w2, x, x, renormalize=True)
     quantize(x, scale_rule="ceil")
     w13.shard(0, 2, dim="experts")
     save_file({"w13": w13}, "w13.safetensors", layout="canon")
@@ -42,9 +42,9 @@ def test_words_that_do_not_exist_are_refused(tmp_path: Path) -> None:
         "\n".join(lines),
         """\
 5: error: Argument "row_order" to "ShuffledMXFP4Tensor" has incompatible type "Literal['interleave']"; expected "Literal['contiguous', 'interleaved'] | None"  [arg-type]
-6: error: Argument "activation" to "fused_moe" has incompatible type "Literal['relu']"; expected "Literal['silu', 'gelu', 'swiglu']"  [arg-type]
+6: error: Argument "activation" to "fused_moe" has incompatible type "Literal['relu']"; expected "Literal['silu', 'gelu', 'gelu_tanh', 'swiglu', 'situ']"  [arg-type]
 7: error: Argument "backend" to "fused_moe" has incompatible type "Literal['aitr']"; expected "Literal['aiter', 'reference'] | None"  [arg-type]
-8: error: Unexpected keyword argument "swiglu_alpha" for "fused_moe"  [call-arg]
+8: error: Unexpected keyword argument "renormalize" for "fused_moe"  [call-arg]
 9: error: Argument "scale_rule" to "quantize" has incompatible type "Literal['ceil']"; expected "Literal['floor', 'even', 'round_up', 'amax4']"  [arg-type]
 10: error: Argument "dim" to "shard" of "ShuffledMXFP4Tensor" has incompatible type "Literal['experts']"; expected "Literal['expert', 'intermediate']"  [arg-type]
 11: error: Argument "layout" to "save_file" has incompatible type "Literal['canon']"; expected "Literal['canonical', 'as_is']"  [arg-type]

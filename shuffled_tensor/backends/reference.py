@@ -10,7 +10,7 @@ from shuffled_tensor import mxfp4
 from shuffled_tensor.backends.base import Backend
 from shuffled_tensor.moe.activations import ACTIVATIONS
 from shuffled_tensor.moe.call import MoECall, PackedWeight
-from shuffled_tensor.moe.op import Description
+from shuffled_tensor.moe.op import MANY, Description, Kernels
 from shuffled_tensor.mxfp4 import ScaleRule
 from shuffled_tensor.tensor.storage import PackedStorage
 
@@ -21,7 +21,7 @@ class Reference(Backend):
     """float32 throughout; one expert is dequantised at a time, and only those that received tokens.
 
     With ``activation_dtype="mxfp4"``, what enters each of the two GEMMs is first rounded to MXFP4, and back, by the
-    scale rule.
+    scale rule. Rows beyond ``num_local_tokens`` are not computed; their results are zeros.
     """
 
     name = "reference"
@@ -31,26 +31,27 @@ class Reference(Backend):
 
     def describe(self, call: MoECall[PackedWeight]) -> Description:
         rule = call.intermediate_scale_rule
-        return Description("as they come" if rule is None else f"mxfp4, {rule}", {})
+        activations = "as they come" if rule is None else f"mxfp4, {rule}"
+        return Description((Kernels(range(1, MANY + 1), "plain torch", activations),), {})
 
     def run(self, call: MoECall[PackedWeight]) -> Tensor:
         """As :meth:`Backend.run`.
 
         Raises:
-            ValueError: expert ids out of range, or an ``expert_mask`` that does not mark as many experts as there are
-                weights.
+            ValueError: expert ids out of range, an ``expert_mask`` that does not mark as many experts as there are
+                weights, or more ``num_local_tokens`` than rows.
         """
         rule = call.intermediate_scale_rule
-        taken_as_is = call.hidden_scale
+        tokens = _tokens(call)
         hidden_states = (
-            mxfp4.dequantize(call.hidden_states, taken_as_is)
-            if taken_as_is is not None
-            else _round_trip(call.hidden_states.float(), rule)
+            mxfp4.dequantize(call.hidden_states[tokens], call.hidden_scale[tokens])
+            if call.hidden_scale is not None
+            else _round_trip(call.hidden_states[tokens].float(), rule)
         )
         w13, w2, activate = call.w13.storage(), call.w2.storage(), ACTIVATIONS[call.activation]
-        ids = _local_ids(call)
-        weight = call.topk_weight.float()
-        out = hidden_states.new_zeros(len(hidden_states), call.hidden)
+        ids = _local_ids(call, call.topk_ids[tokens].long())
+        weight = call.topk_weight[tokens].float()
+        out = hidden_states.new_zeros(len(call.hidden_states), call.hidden)
         for expert in ids.unique().tolist():
             if expert < 0:
                 continue  # another rank's
@@ -62,7 +63,7 @@ class Reference(Backend):
             if call.w13_bias is not None:
                 gate_up += call.w13_bias[expert]
             gate, up = gate_up.chunk(2, dim=1)
-            intermediate = _round_trip(activate(gate, up, call.swiglu_limit), rule)
+            intermediate = _round_trip(activate(gate, up, **call.parameters), rule)
             down = intermediate @ _of(w2, expert).T
             if call.w2_bias is not None:
                 down += call.w2_bias[expert]
@@ -79,9 +80,18 @@ def _round_trip(values: Tensor, rule: ScaleRule | None) -> Tensor:
     return values if rule is None else mxfp4.dequantize(*mxfp4.quantize(values, scale_rule=rule))
 
 
-def _local_ids(call: MoECall[PackedWeight]) -> Tensor:
+def _tokens(call: MoECall[PackedWeight]) -> slice:
+    """The rows that are tokens, and no padding."""
+    rows = len(call.hidden_states)
+    count = rows if call.num_local_tokens is None else int(call.num_local_tokens)
+    if not 0 <= count <= rows:
+        raise ValueError(f"num_local_tokens must be in 0..{rows}, the rows of hidden_states, found {count}")
+    return slice(count)
+
+
+def _local_ids(call: MoECall[PackedWeight], ids: Tensor) -> Tensor:
     """Indices into the weights at hand, -1 for experts of other ranks."""
-    ids, mask, experts = call.topk_ids.long(), call.expert_mask, len(call.w13.qdata)
+    mask, experts = call.expert_mask, len(call.w13.qdata)
     known = experts if mask is None else len(mask)
     if ids.numel() and not 0 <= ids.min() <= ids.max() < known:
         accepted = f"in 0..{known - 1}" if known else "of no tokens, as there are no experts"

@@ -7,6 +7,7 @@ made from the fields of :class:`MoECall`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
 from operator import attrgetter
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.layouts import Layout, find_layout
-from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
+from shuffled_tensor.moe.activations import ACTIVATIONS, PARAMETERS, ActivationName
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, ScaleRule
 from shuffled_tensor.tensor.base import StorageTensor
 from shuffled_tensor.tensor.checks import check_plain
@@ -59,14 +60,20 @@ class MoECall(Generic[_Weight]):
         w2: :class:`ShuffledMXFP4Tensor` ``[E, K, I]``.
         topk_weight: floating point ``[tokens, topk]``, applied to the second GEMM's output.
         topk_ids: int32 or int64 ``[tokens, topk]``, the experts of each token.
-        activation: ``"silu"`` or ``"gelu"`` of the gate times up, or ``"swiglu"``, gpt-oss's ``gate * sigmoid(1.702 *
-            gate) * (up + 1)``.
+        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"`` (torch's ``gelu(approximate="tanh")``) of the gate, times
+            up; ``"swiglu"``, gpt-oss's ``gate * sigmoid(swiglu_alpha * gate) * (up + 1)``; or ``"situ"``, Kimi-K3's
+            ``situ_beta * tanh(gate / situ_beta) * sigmoid(gate) * situ_linear_beta * tanh(up / situ_linear_beta)``.
         w13_bias, w2_bias: floating point ``[E, 2I]`` (gate, then up) and ``[E, K]``.
         expert_mask: int32 ``[global experts]``, 1 where the expert is local; ``topk_ids`` are then global, and other
             ranks' experts add nothing.
+        num_local_tokens: int32, one number, ``[1]`` or of no dimension, on the device of the weights: only so many
+            rows, the first ones, are tokens. The others are padding, as in the buffers of an expert-parallel dispatch:
+            what they hold, their ids included, is not looked at, and what comes out in their places is not defined.
         doweight_stage1: apply ``topk_weight`` to the first GEMM's output, before its bias, instead.
         swiglu_limit: clamps the gate to at most, and up to plus and minus, this; None is 7 for ``"swiglu"`` and no
-            limit for the others.
+            limit (``math.inf``) for the others. Not for ``"situ"``.
+        swiglu_alpha: for ``"swiglu"``; None is 1.702.
+        situ_beta, situ_linear_beta: for ``"situ"``, which needs both; Kimi-K3's are 4 and 25.
         hidden_scale: e8m0, uint8 or float8_e8m0fnu, ``[tokens, K/32]``: the hidden states are MXFP4 already, and taken
             as they are.
         activation_dtype: None computes on activations as they come; ``"mxfp4"`` rounds what enters each GEMM to MXFP4
@@ -86,8 +93,12 @@ class MoECall(Generic[_Weight]):
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     expert_mask: Tensor | None = None
+    num_local_tokens: Tensor | None = None
     doweight_stage1: bool = False
     swiglu_limit: float | None = None
+    swiglu_alpha: float | None = None
+    situ_beta: float | None = None
+    situ_linear_beta: float | None = None
     hidden_scale: Tensor | None = None
     activation_dtype: Literal["mxfp4"] | None = None
     scale_rule: ScaleRule | None = None
@@ -98,6 +109,11 @@ class MoECall(Generic[_Weight]):
     def hidden(self) -> int:
         """H, logical: the columns of w13 and the rows of w2."""
         return self.hidden_states.shape[-1] * (1 if self.hidden_scale is None else mxfp4.CODES.per_byte)
+
+    @property
+    def parameters(self) -> dict[str, float | None]:
+        """What the caller names of the activation's parameters, and of others'."""
+        return {name: getattr(self, name) for name in PARAMETERS}
 
     @property
     def intermediate_scale_rule(self) -> ScaleRule | None:
@@ -112,6 +128,13 @@ class PackedWeight(NamedTuple):
     scale: Tensor
     layout: Layout
     geometry: Geometry
+    fixed: Layout | None
+    """The layout that it is in whenever somebody computes with it; None where who computes may choose."""
+
+    @classmethod
+    def of(cls, storage: PackedStorage, experts: range) -> PackedWeight:
+        """Some experts of a storage, as they lie now."""
+        return cls(*storage.select(experts), storage.layout, storage.geometry, storage.fixed_layout)
 
     def storage(self) -> PackedStorage:
         """To be read in row-major order."""
@@ -227,7 +250,7 @@ def pack(call: MoECall[PackedWeight]) -> list[Any]:
     for place in _DTYPES:
         arguments[place] = _dtype_name(arguments[place])
     for place in reversed(_WEIGHTS):
-        qdata, scale, layout, geometry = arguments[place]
+        qdata, scale, layout, geometry, _ = arguments[place]
         arguments[place : place + 1] = qdata, scale, layout.name, geometry.rows, geometry.columns
     return arguments
 
@@ -241,7 +264,8 @@ def unpack(given: Iterable[Any], *, packed: bool) -> MoECall[Any]:
             gate_up = ARGUMENTS[place] == "w13"
             geometry = Geometry.of_codes(rows, columns, gate_up, qdata.shape[1:])
             # of other shapes `check` says what they must be
-            weight = PackedWeight(qdata, scale, find_layout(layout), geometry or Geometry(rows, columns, gate_up))
+            geometry, layout = geometry or Geometry(rows, columns, gate_up), find_layout(layout)
+            weight = PackedWeight(qdata, scale, layout, geometry, fixed=layout)
             arguments[place : place + len(_WEIGHT)] = [weight]
     for place in _DTYPES:
         if place < len(arguments):
@@ -300,6 +324,11 @@ def check(call: MoECall[PackedWeight]) -> None:
                 "expert_mask must be [global experts], 1 where local, found shape "
                 f"{list(call.expert_mask.shape)} for {experts} local experts"
             )
+    if call.num_local_tokens is not None:
+        _check_dtype("num_local_tokens", call.num_local_tokens, (torch.int32,))
+        if call.num_local_tokens.shape not in ((), (1,)):
+            found = list(call.num_local_tokens.shape)
+            raise ValueError(f"num_local_tokens must be one number, [1] or of no dimension, found shape {found}")
     _check_options(call)
     _check_devices(call)
 
@@ -322,8 +351,20 @@ def _check_options(call: MoECall[PackedWeight]) -> None:
             raise ValueError(
                 f"scale_rule={call.scale_rule!r} quantises activations, so it needs activation_dtype='mxfp4'"
             )
-    if call.swiglu_limit is not None and not call.swiglu_limit > 0:
-        raise ValueError(f"swiglu_limit must be positive, or None for the activation's own, found {call.swiglu_limit}")
+    accepted = ACTIVATIONS[call.activation].parameters
+    for name, value in call.parameters.items():
+        if name not in accepted:
+            if value is not None:
+                raise ValueError(
+                    f"activation={call.activation!r} takes no {name}; it takes {' and '.join(accepted)}, and {name} is "
+                    f"for {', '.join(repr(other) for other, row in ACTIVATIONS.items() if name in row.parameters)}"
+                )
+        elif value is None and accepted[name] is None:
+            raise ValueError(f"activation={call.activation!r} needs {name}, which has no default")
+        elif value is not None and not (0 < value < math.inf or (value == math.inf and name == "swiglu_limit")):
+            default = "" if accepted[name] is None else ", or None for the activation's own"
+            infinite = ", or infinite" if name == "swiglu_limit" else ""
+            raise ValueError(f"{name} must be positive and finite{infinite}{default}, found {value}")
     if call.out_dtype not in _HIDDEN_DTYPES:
         raise TypeError(f"out_dtype must be {_either(_HIDDEN_DTYPES)}, found {call.out_dtype!r}")
 

@@ -34,12 +34,18 @@ def dense_moe(
     w13_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
     expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
     doweight_stage1: bool = False,
     swiglu_limit: float | None = None,
+    swiglu_alpha: float | None = None,
+    situ_beta: float | None = None,
+    situ_linear_beta: float | None = None,
 ) -> Tensor:
-    """The layer in float64, one token and one slot after the other, on dense weights ``[E, 2I, K]`` and ``[E, K, I]``."""
+    """The layer in float64, one token and one slot after the other, on dense weights ``[E, 2I, K]`` and ``[E, K, I]``;
+    zeros for what is no token."""
     out = torch.zeros(hidden_states.shape[0], w2.shape[1], dtype=torch.float64)
-    for token, slot in ((t, s) for t in range(topk_ids.shape[0]) for s in range(topk_ids.shape[1])):
+    tokens = topk_ids.shape[0] if num_local_tokens is None else int(num_local_tokens)
+    for token, slot in ((t, s) for t in range(tokens) for s in range(topk_ids.shape[1])):
         expert, weight = int(topk_ids[token, slot]), float(topk_weight[token, slot])
         if expert_mask is not None:
             if not expert_mask[expert]:
@@ -59,12 +65,89 @@ def dense_moe(
             middle = gate / (1 + torch.exp(-gate)) * up
         elif activation == "gelu":
             middle = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))) * up
+        elif activation == "gelu_tanh":
+            middle = gate * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+        elif activation == "situ":
+            assert situ_beta is not None
+            assert situ_linear_beta is not None
+            bounded = [bound * torch.tanh(x / bound) for x, bound in ((gate, situ_beta), (up, situ_linear_beta))]
+            middle = bounded[0] / (1 + torch.exp(-gate)) * bounded[1]
         else:
-            middle = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+            middle = gate / (1 + torch.exp(-(1.702 if swiglu_alpha is None else swiglu_alpha) * gate)) * (up + 1)
         second = w2[expert] @ middle
         if w2_bias is not None:
             second = second + w2_bias[expert].double()
         out[token] += second if doweight_stage1 else weight * second
+    return out
+
+
+def to_mxfp4(values: Tensor, rule: str) -> Tensor:
+    """float64, rounded to MXFP4 and back: by the nearest of its magnitudes, of two the one with the even code."""
+    blocks = values.double().unflatten(-1, (-1, 32))
+    amax = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    binade = {
+        "floor": torch.floor(torch.log2(amax)) - 2,
+        "even": torch.floor(torch.log2(amax / 1.75)) - 1,
+        "amax4": torch.floor(torch.log2(amax / 1.5)) - 1,
+        "round_up": torch.ceil(torch.log2(amax / 6)),
+    }[rule]
+    scaled, codes = blocks / torch.exp2(binade), torch.arange(8)
+    magnitudes = torch.tensor(MAGNITUDES, dtype=torch.float64)
+    code = ((scaled.abs().unsqueeze(-1) - magnitudes).abs() + 1e-12 * (codes % 2)).argmin(-1)
+    return (magnitudes[code] * scaled.sign() * torch.exp2(binade)).flatten(-2)
+
+
+def to_mxfp8(values: Tensor, rule: str) -> Tensor:
+    """float64, rounded to MXFP8 (e4m3) and back."""
+    blocks = values.double().unflatten(-1, (-1, 32))
+    amax = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+    round_up, amax4 = torch.ceil(torch.log2(amax / 448)), torch.floor(torch.log2(amax / 1.5)) - 7
+    scale = torch.exp2(round_up if rule == "round_up" else amax4)
+    return ((blocks / scale).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() * scale).flatten(-2)
+
+
+def rounded_moe(
+    numerics: str,
+    hidden_states: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weight: Tensor,
+    topk_ids: Tensor,
+    *,
+    mxfp8_rule: str = "round_up",
+    fused: bool = False,
+    activation: str = "silu",
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    expert_mask: Tensor | None = None,
+    swiglu_limit: float | None = None,
+) -> Tensor:
+    """The layer in float64, one expert after the other, where what enters each GEMM is rounded as `explain` says: to
+    "bfloat16", "mxfp8", or "mxfp4, even"; the intermediate to bfloat16 first, but where kernels are fused."""
+
+    def rounded(values: Tensor) -> Tensor:
+        if numerics.startswith("mxfp4"):
+            return to_mxfp4(values, numerics.removeprefix("mxfp4, "))
+        return to_mxfp8(values, mxfp8_rule) if numerics == "mxfp8" else values.bfloat16().double()
+
+    x, limit = rounded(hidden_states), 7.0 if activation == "swiglu" and swiglu_limit is None else swiglu_limit
+    out = torch.zeros(len(x), w2.shape[1], dtype=torch.float64)
+    ids = range(len(w13)) if expert_mask is None else expert_mask.nonzero()[:, 0].tolist()
+    for expert, topk_id in enumerate(ids):
+        token, slot = (topk_ids == topk_id).nonzero(as_tuple=True)
+        first = x[token] @ w13[expert].T + (0 if w13_bias is None else w13_bias[expert].double())
+        gate, up = first.chunk(2, 1)
+        if limit is not None:
+            gate, up = gate.clip(max=limit), up.clip(min=-limit, max=limit)
+        middle = gate / (1 + torch.exp(-gate)) * up
+        if activation == "gelu":
+            middle = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))) * up
+        if activation == "swiglu":
+            middle = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+        second = rounded(middle if fused else middle.bfloat16()) @ w2[expert].T + (
+            0 if w2_bias is None else w2_bias[expert].double()
+        )
+        out.index_add_(0, token, second * topk_weight[token, slot].double().unsqueeze(1))
     return out
 
 
