@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor, arch, explain, fused_moe, prepare
+from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, arch, explain, fused_moe, linear, prepare
+from shuffled_tensor.backends.aiter import gemm
 from shuffled_tensor.backends.aiter import versions as backend
+from shuffled_tensor.moe.call import PackedWeight
 
 AVAILABLE = torch.cuda.is_available() and arch("cuda:0") == "gfx950" and importlib.util.find_spec("aiter") is not None
 pytestmark = [pytest.mark.gfx950, pytest.mark.skipif(not AVAILABLE, reason="needs gfx950 and aiter")]
@@ -89,6 +91,23 @@ def test_kinds(kind: str) -> None:
     else:
         with pytest.raises(ValueError, match=f"made for shuffle_kind='{kind}'"):
             module(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4_moe", "mxfp4_separated"])
+@pytest.mark.parametrize("gate_up", [False, True])
+@pytest.mark.parametrize("tokens", [1, 33, 4096])
+def test_a_dense_layer(tokens: int, gate_up: bool, kind: str) -> None:
+    """Rows and columns are padded; both layouts are read."""
+    torch.manual_seed(0)
+    values, order = torch.randn(2880, 2880, device="cuda", dtype=torch.bfloat16), "contiguous" if gate_up else None
+    w = ShuffledMXFP4Tensor.from_hp(values, gate_up=gate_up, row_order=order, shuffle_kind=kind)
+    x, bias = torch.randn(tokens, 2880, device="cuda", dtype=torch.bfloat16), torch.randn(2880, device="cuda")
+    assert gemm.refuse(x, PackedWeight(w.qdata[None], w.scale[None], LAYOUTS[kind], w._storage.geometry), None) is None
+    out = linear(x, w, bias, activation_dtype="mxfp4")
+    # no kernel takes float32
+    rule = gemm.scale_rule_of_kernels()
+    reference = linear(x.float(), w, bias, activation_dtype="mxfp4", scale_rule=rule)
+    assert (out - reference).norm() < 0.01 * reference.norm()
 
 
 def test_drop_in() -> None:
