@@ -12,7 +12,7 @@ from shuffled_tensor.backends.base import Backend
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.moe.op import Description
-from shuffled_tensor.tensor.policy import KernelOperands
+from shuffled_tensor.tensor.policy import Reading
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["Aiter"]
@@ -29,7 +29,7 @@ class Aiter(Backend):
         return versions.unusable(device)
 
     def layouts(self, device: torch.device) -> tuple[Layout, ...]:
-        return (versions.detect().version.layout,)
+        return tuple(dict.fromkeys(way.layout for way in versions.detect().version.ways))
 
     def refuse(self, call: MoECall[PackedWeight]) -> str | None:
         return _call.refuse(call)
@@ -38,12 +38,10 @@ class Aiter(Backend):
         return _call.run(call)
 
     def describe(self, call: MoECall[PackedWeight]) -> Description:
-        version = versions.detect().version
-        tags = {"is_shuffled": True, **version.w13_tags, "gate_mode": version.gate_mode}
-        return Description(f"mxfp4, {version.scale_rule}", tags)
+        return _call.describe(call)
 
     def fingerprint(self) -> str:
         return versions.installed()
 
-    def kernel_operands(self, weight: ShuffledMXFP4Tensor) -> KernelOperands:
-        return _call.kernel_operands(weight)
+    def reading(self, weight: ShuffledMXFP4Tensor, layout: Layout | None) -> Reading | None:
+        return _call.reading(weight, layout)

@@ -1,165 +1,215 @@
 # SPDX-License-Identifier: MIT
-"""What aiter's kernels would ignore or miscompute, and how they are called."""
+"""A layer as aiter takes it, and a weight as its kernels do."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shuffled_tensor.backends.aiter.versions import Installed, detect
+from shuffled_tensor import mxfp4
+from shuffled_tensor.backends.aiter.routes import Question, Refused, routes
+from shuffled_tensor.backends.aiter.versions import Installed, Way, detect
+from shuffled_tensor.layouts import Layout
+from shuffled_tensor.moe.activations import ACTIVATIONS
 from shuffled_tensor.moe.call import MoECall, PackedWeight
-from shuffled_tensor.tensor.policy import KernelOperands
+from shuffled_tensor.moe.op import Description, Kernels
+from shuffled_tensor.tensor.geometry import Geometry
+from shuffled_tensor.tensor.policy import Reading, as_operand
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
+
+_LIMITS = {"silu": math.inf, "swiglu": 7.0}
+"""Where a call names none, of the activations that kernels of any version have."""
 
 _MULTIPLE = 256
 """Of what the hidden and the intermediate size are, padded, in w13 and in w2."""
 
 
 def refuse(call: MoECall[PackedWeight]) -> str | None:
-    """Why the kernels behind aiter would ignore or miscompute something in this call, or None."""
-    installed = detect()
-    rule = installed.version.scale_rule
-    if call.activation != "silu":
-        return f"activation={call.activation!r} would be computed as SiLU"
-    if call.w13_bias is not None or call.w2_bias is not None:
-        return "a bias would be ignored"
-    if call.swiglu_limit is not None:
-        return "swiglu_limit would be ignored"
-    if call.expert_mask is not None:
-        return (
-            "expert_mask raises in these kernels, or is dropped; without it, give local topk_ids, and topk_weight 0 "
-            "where an expert is another rank's"
-        )
+    """Why aiter would ignore or miscompute something in this call, whatever the number of its tokens, or None."""
+    try:
+        _check(call)
+        choose(call)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+def choose(call: MoECall[PackedWeight]) -> tuple[Way, tuple[Kernels, ...]]:
+    """How to make a call, and what then runs for every number of tokens.
+
+    Raises:
+        Refused: nothing that reads its weights in the layout that they have, or will have, takes it.
+    """
+    installed, question = detect(), _question(call)
+    layout = call.w13.fixed or installed.version.layout
+    refused: dict[Layout, Refused] = {}
+    for way in sorted(installed.version.ways, key=lambda way: way.layout is not layout):  # stable: the other ones last
+        try:
+            found = _suited(call, routes(installed, way, question))
+        except Refused as reason:
+            refused.setdefault(way.layout, reason)
+        else:
+            if way.layout is layout:
+                return way, found
+            raise Refused(f"{refused[layout]}; it would take weights made with shuffle_kind={way.layout.name!r}")
+    raise refused[layout]
+
+
+def _suited(call: MoECall[PackedWeight], found: tuple[Kernels, ...]) -> tuple[Kernels, ...]:
+    """Routes that round as a call asks for.
+
+    Raises:
+        Refused: they don't.
+    """
+    if call.activation_dtype is not None:
+        rules = {f"mxfp4, {rule}" for rule in ([call.scale_rule] if call.scale_rule else mxfp4.SCALE_RULES)}
+        for kernels in found:
+            if kernels.activations not in rules:
+                rule = f" and scale_rule={call.scale_rule!r}" if call.scale_rule else ""
+                raise Refused(
+                    f"{kernels.name} has activations {kernels.activations}, and the call asks for "
+                    f"activation_dtype='mxfp4'{rule}"
+                )
+    return found
+
+
+def _check(call: MoECall[PackedWeight]) -> None:
+    """Raise Refused for what no kernel of any version takes."""
     if call.doweight_stage1:
-        return "doweight_stage1 has no kernel that reads this layout"
-    if call.hidden_scale is not None:
-        return "hidden_scale would be ignored"
-    if call.hidden_states.dtype is not torch.bfloat16:
-        return f"hidden_states are {call.hidden_states.dtype}, not bfloat16"
+        raise Refused("doweight_stage1 has no kernel that reads these layouts")
+    if call.activation not in _LIMITS:
+        raise Refused(f"no kernel known here computes activation={call.activation!r}; they compute 'silu' and 'swiglu'")
+    if call.swiglu_alpha not in (None, ACTIVATIONS["swiglu"].parameters["swiglu_alpha"]):
+        raise Refused(f"swiglu_alpha={call.swiglu_alpha:g} would be ignored: 1.702 is compiled in")
+    if call.hidden_scale is None and call.hidden_states.dtype is not torch.bfloat16:
+        raise Refused(f"hidden_states are {call.hidden_states.dtype}, not bfloat16")
     if call.out_dtype is not torch.bfloat16:
-        return f"out_dtype is {call.out_dtype}, not bfloat16"
-    if call.scale_rule not in (None, rule):
-        return f"its kernels quantise by {rule!r}, not scale_rule={call.scale_rule!r}"
-    for name, qdata in (("w13", call.w13.qdata), ("w2", call.w2.qdata)):
-        if not qdata.is_contiguous():
-            return f"the experts of {name} are not contiguous in memory; .clone() them"
-    for name, of in (("w13", call.w13.geometry), ("w2", call.w2.geometry)):
+        raise Refused(f"out_dtype is {call.out_dtype}, not bfloat16")
+    for name, weight in (("w13", call.w13), ("w2", call.w2)):
+        if not weight.qdata.is_contiguous():
+            raise Refused(f"the experts of {name} are not contiguous in memory; .clone() them")
+        of = weight.geometry
         rows, columns = of.padded_rows // of.halves, of.padded_columns
         if rows % _MULTIPLE or columns % _MULTIPLE:  # else w13 and w2 agree: no align goes beyond the next multiple
-            return (
+            raise Refused(
                 f"{name} is padded to {rows} rows{' of each half' * of.gate_up} and {columns} columns, not to "
                 f"multiples of {_MULTIPLE}; make the weights with align={_MULTIPLE}"
             )
-    hidden = call.w2.geometry.padded_rows
-    if hidden <= installed.version.hidden_above:
-        return (
-            f"a hidden size of {hidden} (padded) would be miscomputed: aiter {installed.version.name} has kernels "
-            f"for more than {installed.version.hidden_above}"
-        )
-    return _misread(call, installed)
 
 
-def _misread(call: MoECall[PackedWeight], installed: Installed) -> str | None:
-    """Where aiter would take other kernels than those that read the version's layout, which would be wrong without a
-    word: what it would take is said by its own configuration for the call."""
-    version, tokens = installed.version, call.hidden_states.shape[0]
-    if version.other_kernel is None or isinstance(tokens, torch.SymInt) or not tokens:
-        return None  # a symbolic size is looked up when the call runs
-    module, fused_moe = installed.probed.module, installed.probed.fused_moe
-    w13, w2 = call.w13.geometry, call.w2.geometry
-    experts, topk, padded = len(call.w13.qdata), call.topk_ids.shape[1], fused_moe.get_padded_M(tokens)
-    try:
-        found = fused_moe.get_2stage_cfgs(
-            padded,
-            w2.padded_rows,
-            w2.padded_columns,
-            experts,
-            topk,
-            torch.bfloat16,
-            torch.float4_e2m1fn_x2,
-            torch.float4_e2m1fn_x2,
-            module.QuantType.per_1x32,
-            True,
-            module.ActivationType.Silu,
-            False,
-            w13.padded_columns - w13.columns,
-            w2.padded_columns - w2.columns,
-            True,
-            gate_mode=version.gate_mode,
-            **version.config,
-        )
-    except Exception as error:  # as where flydsl is missing; the call itself would raise it too
-        return f"aiter {version.name} has no kernel for this call ({type(error).__name__}: {error})"
-    other = version.other_kernel(found)
-    if other is None:
-        return None
-    return (
-        f"{other} reads {version.layout.name!r} for {padded} tokens (padded), {experts} experts, hidden size "
-        f"{w2.padded_rows}, intermediate size {w2.padded_columns} and topk {topk} in aiter {version.name}"
+def _question(call: MoECall[PackedWeight]) -> Question:
+    w2 = call.w2.geometry
+    return Question(
+        experts=len(call.w13.qdata),
+        hidden=w2.padded_rows,
+        intermediate=w2.padded_columns,
+        topk=int(call.topk_ids.shape[1]),  # a compiler may know it by a symbol
+        activation=call.activation,
+        limit=call.swiglu_limit or _LIMITS[call.activation],
+        # CK-Tile has no kernels for SwiGLU without them, and computes nothing then
+        bias=call.activation == "swiglu" or call.w13_bias is not None or call.w2_bias is not None,
+        expert_mask=call.expert_mask is not None,
+        packed=call.hidden_scale is not None,
+        num_local_tokens=call.num_local_tokens is not None,
     )
 
 
-def tagged_weight(qdata: Tensor, *, gate_up: bool, intermediate: int) -> Tensor:
-    """The bytes as the float4_e2m1fn_x2 tensor that aiter takes, sharing them, with the version's tags on it."""
-    version = detect().version
-    weight = qdata.view(torch.float4_e2m1fn_x2)
-    tags: dict[str, Any] = {"is_shuffled": True}
-    if gate_up:
-        tags.update(version.w13_tags)
-    elif version.inter_real and intermediate % 128 == 0 and intermediate != 2 * qdata.shape[-1]:
-        tags["inter_real"] = intermediate
-    for name, value in tags.items():
-        setattr(weight, name, value)
-    return weight
+def describe(call: MoECall[PackedWeight]) -> Description:
+    """How a call that :func:`refuse` does not refuse would be made."""
+    way, found = choose(call)
+    return Description(found, {"is_shuffled": True, **dict(way.tags), "gate_mode": way.gate_mode})
 
 
 def run(call: MoECall[PackedWeight]) -> Tensor:
     """Call ``aiter.fused_moe.fused_moe`` with what :func:`refuse` does not refuse.
 
     Raises:
-        ValueError: weights that are not in the layout that this aiter reads.
+        ValueError: weights that are not in the layout that the kernels read.
     """
-    installed = detect()
-    version, probed = installed.version, installed.probed
-    for name, found in (("w13", call.w13.layout), ("w2", call.w2.layout)):
-        if found is not version.layout:
-            raise ValueError(
-                f"aiter {version.name} reads {version.layout.name!r}, but {name} is laid out as {found.name!r}"
-            )
-    w13, w2 = call.w13.geometry, call.w2.geometry
+    installed, (way, _) = detect(), choose(call)
+    for name, weight in (("w13", call.w13), ("w2", call.w2)):
+        if not weight.layout.same_bytes(way.layout, weight.geometry.gate_up):
+            raise ValueError(f"aiter would read {name} as {way.layout.name!r}, but it lies as {weight.layout.name!r}")
     if not len(call.hidden_states):  # as for a rank without requests; no version says that it takes an empty launch
-        return call.hidden_states.new_empty(0, w2.rows)
-    hidden_pad, intermediate_pad = w2.padded_rows - w2.rows, w2.padded_columns - w2.columns
-    arguments: dict[str, Any] = {"gate_mode": version.gate_mode} if "gate_mode" in probed.call else {}
+        return call.hidden_states.new_empty(0, call.w2.geometry.rows, dtype=call.out_dtype)
+    out: Tensor = installed.probed.fused_moe.fused_moe(**_arguments(call, installed, way))
+    return out[:, : call.w2.geometry.rows].contiguous()
+
+
+def _arguments(call: MoECall[PackedWeight], installed: Installed, way: Way) -> dict[str, Any]:
+    """Of `aiter.fused_moe.fused_moe`. Pads are zeros, and never told: where they are told, CK-Tile's kernels leave the
+    last rows of w13 out, which in the separated layout are rows of up (aiter #3862)."""
+    probed, question = installed.probed, _question(call)
+    w13, w2, enums = call.w13.geometry, call.w2.geometry, probed.module
+    intermediate, columns = w2.padded_columns, w13.padded_columns
+    hidden_states, ids, weight, mask = call.hidden_states, call.topk_ids.int(), call.topk_weight.float(), None
+    arguments: dict[str, Any] = {}
+    if call.hidden_scale is not None:
+        hidden_states = _padded(hidden_states.view(torch.uint8), columns // 2).view(torch.float4_e2m1fn_x2)
+        scale = call.hidden_scale.view(torch.uint8)
+        arguments["a1_scale"] = _padded(scale, columns // mxfp4.BLOCK, value=mxfp4.SCALES.pad)
+        arguments["dtype"] = call.out_dtype
+    else:
+        hidden_states = _padded(hidden_states, columns)
+    if question.bias:
+        biases = ("bias1", call.w13_bias, w13, intermediate), ("bias2", call.w2_bias, w2, columns)
+        for name, bias, of, size in biases:
+            if bias is None:
+                bias = hidden_states.new_zeros(question.experts, of.rows, dtype=torch.float32)
+            halves = bias.float().unflatten(1, (of.halves, -1))
+            arguments[name] = _padded(halves, size).flatten(1)
+    if call.expert_mask is not None:  # by aiter's convention, tokens have one slot more, whose expert is nobody's
+        mask = F.pad(call.expert_mask, (0, 1))
+        ids, weight = F.pad(ids, (0, 1), value=len(call.expert_mask)), F.pad(weight, (0, 1))
+    if call.swiglu_limit is not None or call.activation == "swiglu":  # where no limit may mean another one
+        arguments["swiglu_limit"] = question.limit
+    if call.num_local_tokens is not None:
+        arguments["num_local_tokens"] = call.num_local_tokens.reshape(1)
     if "is_shuffled" in probed.call:
         arguments["is_shuffled"] = True
-    out: Tensor = probed.fused_moe.fused_moe(
-        hidden_states=F.pad(call.hidden_states, (0, w13.padded_columns - w13.columns)).contiguous(),
-        w1=tagged_weight(call.w13.qdata, gate_up=True, intermediate=w2.columns),
-        w2=tagged_weight(call.w2.qdata, gate_up=False, intermediate=w2.columns),
-        topk_weight=call.topk_weight.float().contiguous(),
-        topk_ids=call.topk_ids.int().contiguous(),
-        activation=probed.module.ActivationType.Silu,
-        quant_type=probed.module.QuantType.per_1x32,
-        w1_scale=call.w13.scale,
-        w2_scale=call.w2.scale,
-        hidden_pad=hidden_pad,
-        intermediate_pad=intermediate_pad,
-        **arguments,
-    )
-    return out[:, : w2.rows].contiguous()
+    if "gate_mode" in probed.call:
+        arguments["gate_mode"] = way.gate_mode
+    return arguments | {
+        "hidden_states": hidden_states,
+        "w1": _weight(call.w13, way, installed),
+        "w2": _weight(call.w2, way, installed),
+        "topk_weight": weight.contiguous(),
+        "topk_ids": ids.contiguous(),
+        "expert_mask": mask,
+        "activation": getattr(enums.ActivationType, call.activation.capitalize()),
+        "quant_type": enums.QuantType.per_1x32,
+        "w1_scale": call.w13.scale,
+        "w2_scale": call.w2.scale,
+    }
 
 
-def kernel_operands(weight: ShuffledMXFP4Tensor) -> KernelOperands:
-    """A weight as aiter takes it."""
-    if not weight.qdata.is_contiguous():
-        raise ValueError("these experts are not contiguous in memory; clone() them first")
-    version, storage = detect().version, weight._storage
-    storage.check_usable_as(version.layout)
-    storage.convert_layout_(version.layout)
-    storage.locked_layout = version.layout
-    tagged = tagged_weight(weight.qdata, gate_up=weight.gate_up, intermediate=weight.shape[-1])
-    return KernelOperands(tagged, weight.scale, version.gate_mode)
+def _padded(data: Tensor, columns: int, value: int = 0) -> Tensor:
+    return F.pad(data, (0, columns - data.shape[-1]), value=value).contiguous()
+
+
+def attributes(geometry: Geometry, way: Way, installed: Installed) -> dict[str, Any]:
+    """What is to stand on the tensor of a weight."""
+    columns, own = geometry.columns, {}
+    if geometry.gate_up:
+        own = dict(way.tags)
+    elif installed.version.inter_real and columns % 128 == 0 and columns != geometry.padded_columns:
+        own = {"inter_real": columns}
+    return {"is_shuffled": True, **own}
+
+
+def _weight(packed: PackedWeight, way: Way, installed: Installed) -> Tensor:
+    return as_operand(packed.qdata, attributes(packed.geometry, way, installed))
+
+
+def reading(weight: ShuffledMXFP4Tensor, layout: Layout | None) -> Reading | None:
+    """How kernels of this aiter read a weight in a layout, or in the one that it is to have; None where none do."""
+    installed, storage = detect(), weight._storage
+    wanted = layout or storage.fixed_layout or installed.version.layout
+    for way in installed.version.ways:
+        if way.layout.same_bytes(wanted, storage.geometry.gate_up):
+            return Reading(wanted, way.gate_mode, attributes(storage.geometry, way, installed))
+    return None

@@ -15,6 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from shuffled_tensor.backends.aiter import versions
 from shuffled_tensor.moe.op import fused_moe
+from shuffled_tensor.mxfp4 import BLOCK, CODES
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["bind"]
@@ -45,6 +46,7 @@ _SAME = {
     "w13_bias": "bias1",
     "w2_bias": "bias2",
     "expert_mask": "expert_mask",
+    "num_local_tokens": "num_local_tokens",
     "doweight_stage1": "doweight_stage1",
     "hidden_scale": "a1_scale",
     "out_dtype": "dtype",
@@ -74,11 +76,13 @@ def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
         own = weight.qdata.shape[-1] * 2 - columns
         if given.pop(name) not in (0, own):
             raise ValueError(f"{name} must be 0 or {own}, by which the weights themselves are padded")
-    gate_mode = given.pop("gate_mode")
-    if gate_mode not in (defaults["gate_mode"], version.gate_mode):
+    gate_mode, layout = given.pop("gate_mode"), w13._storage.fixed_layout or version.layout
+    own_modes = [way.gate_mode for way in version.ways if way.layout is layout]
+    if gate_mode not in (defaults["gate_mode"], *own_modes):
         raise ValueError(
-            f"gate_mode={gate_mode!r} contradicts the weights: aiter {version.name} reads them as "
-            f"{version.layout.name!r}, which is gate_mode={version.gate_mode!r}; leave it out"
+            f"gate_mode={gate_mode!r} contradicts the weights: w1 is laid out as {layout.name!r}, which aiter "
+            f"{version.name} reads with gate_mode={' or '.join(map(repr, own_modes))}; leave it out, or make the "
+            "weights with another shuffle_kind"
         )
     if given.pop("is_shuffled", None) is False:
         raise ValueError("is_shuffled=False contradicts the weights, which are shuffled by the time of the call")
@@ -95,8 +99,11 @@ def aiter_fused_moe(*args: Any, **kwargs: Any) -> Tensor:
 
     # An engine that pads activations as it pads weights gets as many columns back.
     hidden, padded_hidden = w13.shape[2], w13.qdata.shape[-1] * 2
-    columns = hidden_states.shape[-1]
+    scale = options["hidden_scale"]
+    per_element = 1 if scale is None else CODES.per_byte
+    columns = hidden_states.shape[-1] * per_element
     if columns == padded_hidden:
-        hidden_states = hidden_states[..., :hidden]
+        hidden_states = hidden_states[..., : hidden // per_element]
+        options["hidden_scale"] = None if scale is None else scale[..., : hidden // BLOCK]
     out = fused_moe(hidden_states, w13, w2, backend="aiter", **options)
     return F.pad(out, (0, columns - hidden))

@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -27,30 +27,59 @@ from shuffled_tensor.mxfp4 import ScaleRule
 ARCH = "gfx950"
 
 
-@dataclass(frozen=True)
-class Version:
-    """One row: how to know an aiter, what its MXFP4 MoE kernels read, and how they are told."""
+SEPARATED, MOE = LAYOUTS["mxfp4_separated"], LAYOUTS["mxfp4_moe"]
 
-    name: str
-    """The pull request, and where it had several versions, by what this one is told."""
-    since: str
-    """The commit, and the releases that have it."""
-    probe: Callable[[Probed], bool]
+
+@dataclass(frozen=True)
+class Way:
+    """How a call leads to kernels that read a layout."""
+
     layout: Layout
     gate_mode: str
-    scale_rule: ScaleRule
-    """By which its kernels quantise activations."""
-    w13_tags: Mapping[str, Any] = field(default_factory=dict)
+    tags: tuple[tuple[str, Any], ...] = ()
     """Attributes of w1 beside `is_shuffled`, which every version wants on both weights."""
-    inter_real: bool = False
-    """Whether w2 may tell its intermediate size without padding."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """What `get_2stage_cfgs` gets beyond the arguments common to all versions."""
+    tells_configuration: bool = False
+    """Whether `get_2stage_cfgs` is told them, too."""
+    always_hip: bool = False
+    """Whether it leads to the first HIP kernels whatever the call, so that there is nothing to ask."""
     hidden_above: int = 0
     """What the hidden size, padded, must be larger than."""
-    other_kernel: Callable[[Any], str | None] | None = None
-    """What does not read the layout, of the configuration that aiter has found for a call, or None where its kernels
-    do. None where every configuration reads it."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `get_2stage_cfgs` gets beyond what all ways give it."""
+        return dict(self.tags) if self.tells_configuration else {}
+
+
+_SEPARATED, _INTERLEAVE = Way(SEPARATED, "separated"), Way(MOE, "interleave")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One row: how to know an aiter, and how its MXFP4 MoE kernels are reached."""
+
+    name: str
+    """What users have: a release, or the pull request, and where it had several versions, by what this one is told."""
+    since: str
+    """Commits and releases that are known as it."""
+    probe: Callable[[Probed], bool]
+    scale_rule: ScaleRule
+    """By which it quantises activations, where its first HIP kernels do not."""
+    ways: tuple[Way, ...]
+    """In the order in which they are tried; the first one's layout is that of weights which have none."""
+    inter_real: bool = False
+    """Whether w2 may tell its intermediate size without padding."""
+    silu_is_mxfp4: bool = False
+    """Whether SiLU has MXFP4 activations under the gate mode "interleave", too."""
+    mxfp8: bool = True
+    """Whether it quantises to MXFP8, rather than cut activations to float8."""
+    expert_mask: bool = True
+    """Whether kernels that take one are given local experts' numbers to find biases by."""
+
+    @property
+    def layout(self) -> Layout:
+        """The default."""
+        return self.ways[0].layout
 
 
 class Probed:
@@ -62,6 +91,10 @@ class Probed:
         self.call = _parameters(fused_moe, "fused_moe")
         self.config = _parameters(fused_moe, "get_2stage_cfgs")
 
+    @property
+    def modules(self) -> tuple[ModuleType, ModuleType]:
+        return self.module, self.fused_moe
+
     def has(self, name: str) -> bool:
         return hasattr(self.fused_moe, name)
 
@@ -69,83 +102,76 @@ class Probed:
     def hip(self) -> bool:
         return hasattr(self.module, "mxfp4_moe_gemm1_a4w4") or hasattr(torch.ops.aiter, "mxfp4_moe_gemm1_a4w4")
 
+    @property
+    def before_3832(self) -> bool:
+        """Closed by a parameter that came later than these releases, so that no aiter to come is taken for one."""
+        return {"is_shuffled", "gate_mode"} <= self.config and "opus_weights_shuffled" not in self.config
+
 
 def _parameters(module: ModuleType, name: str) -> frozenset[str]:
     function = getattr(module, name, None)
     return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
 
 
-def _untuned(tuned: Callable[[Any], bool]) -> Callable[[Any], str | None]:
-    return lambda found: None if tuned(found) else "no tuned kernel"
+_KIND = (("shuffle_kind", "mxfp4_moe"),)
 
-
-def _not_separated(found: Any) -> str | None:
-    """Which first stage it is, is all that tells. Where FlyDSL's kernels do not take an untuned shape (before v0.1.16,
-    with AITER_FLYDSL_FORCE=0, without flydsl) and tokens are few, it is one that reads gate-up interleaved rows."""
-    name = str(getattr(getattr(found.stage1, "func", found.stage1), "__name__", found.stage1))
-    kernel = str(getattr(found.stage1, "keywords", {}).get("kernelName"))
-    reads = name in _READS_SEPARATED and "_gui" not in kernel
-    return None if reads else f"{name}, which aiter would take, is not one that"
-
-
-_READS_SEPARATED = ("_flydsl_stage1_wrapper", "_mxfp4_a4w4_stage1_fw", "ck_moe_stage1", "fused_moe_1stage")
-
-# No version's MXFP4 kernels take bias, swiglu_limit, another activation than SiLU, doweight_stage1, activations
-# quantised already, or float16; nor expert_mask, which some of them refuse and the others drop.
 # The first row that fits is taken: #3788 has all that the first one of #3470 is known by, and #4542 all of #3832.
-# The last two rows must not take an aiter to come for an old one, which would be silent: they are closed by a parameter
-# that came later than their last release.
 VERSIONS = (
     Version(
-        "#3788", "46ecc4489d", lambda p: "shuffle_kind" in p.config and p.has("_MXFP4_PORT_KIND"),
-        LAYOUTS["mxfp4_moe"], "separated", "even",
-        # its other tag, mxfp4_guinterleave, falls silently to plain kernels for an untuned shape; this one never does
-        w13_tags={"shuffle_kind": "mxfp4_moe"}, inter_real=True,
-        hidden_above=512,  # its loop over K runs one step ahead of two
+        "#3788", "46ecc4489d",
+        lambda p: "shuffle_kind" in p.config and p.has("_MXFP4_PORT_KIND"),
+        "round_up",
+        # its other tag, mxfp4_guinterleave, falls silently to plain kernels for an untuned shape; this one never does,
+        # but its loop over K runs one step ahead of two
+        (Way(MOE, "separated", _KIND, always_hip=True, hidden_above=512), _INTERLEAVE, _SEPARATED),
+        inter_real=True, silu_is_mxfp4=True,
     ),
     Version(
-        "#3470, shuffle_kind", "57e74501a5", lambda p: "shuffle_kind" in p.config,
-        LAYOUTS["mxfp4_moe"], "separated", "even",
-        w13_tags={"shuffle_kind": "mxfp4_moe"},
-        config={"shuffle_kind": "mxfp4_moe"}, other_kernel=_untuned(lambda found: found.pipeline is not None),
+        "#3470 (shuffle_kind)", "57e74501a5",
+        lambda p: "shuffle_kind" in p.config,
+        "round_up",
+        (Way(MOE, "separated", _KIND, tells_configuration=True), _INTERLEAVE, _SEPARATED),
     ),
     Version(
-        "#3470, is_guinterleave", "39e2ed7e8a", lambda p: "is_guinterleave" in p.config,
-        LAYOUTS["mxfp4_moe"], "separated", "even",
-        w13_tags={"is_guinterleave": True},
-        config={"is_guinterleave": True}, other_kernel=_untuned(lambda found: found.pipeline is not None),
+        "#3470 (is_guinterleave)", "39e2ed7e8a",
+        lambda p: "is_guinterleave" in p.config,
+        "round_up",
+        (Way(MOE, "separated", (("is_guinterleave", True),), tells_configuration=True), _INTERLEAVE, _SEPARATED),
     ),
     Version(
-        "#3470", "d6ede4548e, as merged", lambda p: p.hip and p.has("mxfp4_moe_run"),
-        LAYOUTS["mxfp4_moe"], "interleave", "even",
-        other_kernel=_untuned(lambda found: bool(found.mxfp4_hip)),
+        "#3470", "d6ede4548e, as merged",
+        lambda p: p.hip and p.has("mxfp4_moe_run"),
+        "round_up", (_INTERLEAVE, _SEPARATED), silu_is_mxfp4=True,
     ),
     Version(
-        "#3827", "05567f6668", lambda p: p.hip and p.has("_mxfp4_a4w4_stage1_fw"),
-        LAYOUTS["mxfp4_moe"], "interleave", "even",
-        other_kernel=_untuned(lambda found: bool(found.mxfp4_hip)),
+        "#3827", "05567f6668",
+        lambda p: p.hip and p.has("_mxfp4_a4w4_stage1_fw"),
+        "round_up", (_INTERLEAVE, _SEPARATED), silu_is_mxfp4=True,
     ),
     Version(
-        "#4542", "55f4bfeb5e", lambda p: p.has("_mxfp4_a4w4_stage1_fw") and "is_shuffled" in p.call,
-        LAYOUTS["mxfp4_separated"], "separated", "round_up",
-        inter_real=True, other_kernel=_not_separated,
+        "#4542", "55f4bfeb5e",
+        lambda p: p.has("_mxfp4_a4w4_stage1_fw") and "is_shuffled" in p.call,
+        "round_up", (_SEPARATED, _INTERLEAVE), inter_real=True,
     ),
     Version(
-        "#3832", "b2dd7703df, v0.1.16.post4, v0.1.18 and later", lambda p: p.has("_mxfp4_a4w4_stage1_fw"),
-        LAYOUTS["mxfp4_separated"], "separated", "round_up",
-        inter_real=True, other_kernel=_not_separated,
+        "v0.1.18 and later", "#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18",
+        lambda p: p.has("_mxfp4_a4w4_stage1_fw"),
+        "round_up", (_SEPARATED, _INTERLEAVE), inter_real=True,
     ),
     Version(
-        "before #3832", "v0.1.16, v0.1.17",
-        lambda p: {"is_shuffled", "gate_mode", "is_ep"} <= p.config and "opus_weights_shuffled" not in p.config,
-        LAYOUTS["mxfp4_separated"], "separated", "round_up",
-        other_kernel=_not_separated,
+        "v0.1.16, v0.1.17", "v0.1.16, v0.1.17",
+        lambda p: p.before_3832 and "is_ep" in p.config,
+        "round_up", (_SEPARATED, _INTERLEAVE),
     ),
     Version(
-        "before #3832, without is_ep", "v0.1.14, v0.1.15",
-        lambda p: {"is_shuffled", "gate_mode"} <= p.config and not {"is_ep", "opus_weights_shuffled"} & p.config,
-        LAYOUTS["mxfp4_separated"], "separated", "amax4",
-        other_kernel=_not_separated,
+        "v0.1.15", "v0.1.15",
+        lambda p: p.before_3832 and p.has("fused_dynamic_mxfp8_quant_moe_sort"),
+        "amax4", (_SEPARATED, _INTERLEAVE),
+    ),
+    Version(
+        "v0.1.14", "v0.1.14",
+        lambda p: p.before_3832,
+        "amax4", (_SEPARATED, _INTERLEAVE), mxfp8=False, expert_mask=False,
     ),
 )  # fmt: skip
 
@@ -155,6 +181,8 @@ class Installed:
     version: Version
     release: str
     probed: Probed
+    routes: dict[Any, Any] = field(default_factory=dict)
+    """What was found out about layers: see `routes.py`."""
 
 
 class Unusable(Exception):
@@ -239,4 +267,5 @@ def installed() -> str:
         found = detect()
     except Unusable as error:
         return str(error)
-    return f"{found.release}, API {found.version.name} ({found.version.since})"
+    name, since = found.version.name, found.version.since
+    return f"{found.release}, API {name if name == since else f'{name} ({since})'}"
