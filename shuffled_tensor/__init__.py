@@ -7,6 +7,7 @@ from shuffled_tensor.backends import BACKENDS as _BACKENDS  # chooses who comput
 from shuffled_tensor.backends.aiter import interop as _interop  # registers operators of other libraries
 from shuffled_tensor.device import arch, override_arch
 from shuffled_tensor.layouts import LAYOUTS, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
+from shuffled_tensor.linear import linear
 from shuffled_tensor.modules import install_, prepare, quantize_experts_, refit, wrap_experts_
 from shuffled_tensor.moe.explain import Explanation, explain
 from shuffled_tensor.moe.op import fused_moe
@@ -48,6 +49,7 @@ __all__ = [
     "implements",
     "inspect",
     "install_",
+    "linear",
     "load_experts",
     "load_file",
     "override_arch",

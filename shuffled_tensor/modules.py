@@ -243,7 +243,7 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
         steps = tqdm(storages, desc="shuffling MXFP4 weights", unit="weight")
     start, moved, layouts = time.perf_counter(), 0, Counter[str]()
     for storage in steps:
-        layout = policy.current.layout_at_first_use(storage.qdata.device, storage.requested_layout)
+        layout = policy.current.layout_at_first_use(storage.qdata.device, storage.fixed_layout)
         if layout is not None and layout is not storage.layout:
             storage.convert_layout_(layout)
             moved += storage.qdata.nbytes + storage.scale.nbytes

@@ -515,7 +515,7 @@ def test_aiter_takes_multiples_of_256() -> None:
         + others,
     }
     for aligns, reason in cases.items():
-        with override_arch("gfx950"), fake_aiter("#3832") as fake:
+        with override_arch("gfx950"), fake_aiter("v0.1.18 and later") as fake:
             arguments = layer(544, 96, aligns)
             assert explain(**arguments).passed_over == {"aiter": reason}
             expected = fused_moe(**arguments, backend="reference")
@@ -529,7 +529,7 @@ def test_aiter_takes_multiples_of_256() -> None:
                 memory = in_memory(layer_parts(544, 96)[name], "mxfp4_separated", gate_up=gate_up, align=align)
                 assert torch.equal(operands.weight.view(torch.uint8), memory[0])
                 assert torch.equal(operands.scale, memory[1])
-    with override_arch("gfx950"), fake_aiter("#3832") as fake:  # where 32 comes to the same as 256
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later") as fake:  # where 32 comes to the same as 256
         arguments = layer(768, 256, ((32, 64), (128, 32)))
         answer = answer_of(fake, arguments)
         assert explain(**arguments).backend == "aiter"

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, override_arch, prepare, refit
 from shuffled_tensor.testing import FakeAiter, fake_aiter
 
+from .support.judges import dense_moe
 from .support.layer import EXPERTS, HIDDEN, MoE, ShuffleCount, make_layer, make_weight
 
 
@@ -64,7 +65,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture
 def gfx950() -> Iterator[FakeAiter]:
-    with override_arch("gfx950"), fake_aiter("#3832") as fake:
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later") as fake:
         yield fake
 
 
@@ -146,7 +147,7 @@ def test_the_captured_graph(gfx950: FakeAiter) -> None:
         """\
 class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "u8[4, 512, 384]", arg1_1: "u8[4, 512, 24]", arg2_1: "u8[4, 768, 128]", arg3_1: "u8[4, 768, 8]", arg4_1: "bf16[5, 544]", arg5_1: "f32[5, 2]", arg6_1: "i32[5, 2]"):
-        fused_moe_packed: "bf16[5, 544]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, 'mxfp4_separated', 320, 544, arg2_1, arg3_1, 'mxfp4_separated', 544, 160, arg5_1, arg6_1, 'silu', None, None, None, False, None, None, None, None, 'bfloat16', 'aiter, reference');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
+        fused_moe_packed: "bf16[5, 544]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, 'mxfp4_separated', 320, 544, arg2_1, arg3_1, 'mxfp4_separated', 544, 160, arg5_1, arg6_1, 'silu', None, None, None, None, False, None, None, None, None, None, None, None, 'bfloat16', 'aiter, reference');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
         return (fused_moe_packed,)""",
     )
     packed = re.findall(r"fused_moe_packed\.default\((.*?)\)", model)
@@ -272,7 +273,7 @@ def test_a_weight_made_inside(gfx950: FakeAiter) -> None:
     assert gfx950.reads == ["separated tiles"] * 3
 
 
-@pytest.mark.parametrize("version", ["#3470, shuffle_kind", "#3470, is_guinterleave", "#3470", "#3827"])
+@pytest.mark.parametrize("version", ["#3470 (shuffle_kind)", "#3470 (is_guinterleave)", "#3470", "#3827"])
 def test_a_number_of_tokens_without_a_kernel_is_rerouted_when_it_comes(version: str) -> None:
     """One graph is for any number of tokens, and these versions have kernels for some of them alone."""
     with override_arch("gfx950"), fake_aiter(version) as fake:
@@ -336,12 +337,55 @@ def test_a_warm_cache_in_a_second_process(tmp_path: Any) -> None:
     """No artefact of one kind, or of one aiter, is served to another."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
     hits = []
-    for versions in (["#3470, shuffle_kind"], ["#3832", "#3470, shuffle_kind"]):
+    for versions in (["#3470 (shuffle_kind)"], ["v0.1.18 and later", "#3470 (shuffle_kind)"]):
         command = [sys.executable, "-c", PROGRAM, *versions]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (run.returncode, run.stderr) == (0, "")
         hits.append(int(run.stdout))
     assert hits == [0, 4]  # the version that was there before, and the three kinds
+
+
+# --- options of a layer
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gelu_tanh": {"activation": "gelu_tanh", "swiglu_limit": 3.0},
+    "swiglu": {"activation": "swiglu", "swiglu_alpha": 0.5},
+    "situ": {"activation": "situ", "situ_beta": 4.0, "situ_linear_beta": 25.0},
+}
+
+
+class Dispatched(MoE):
+    """A layer whose tokens come in a buffer, with how many there are on the device."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor, weight: Tensor, ids: Tensor, count: Tensor) -> Tensor:  # type: ignore[override]
+        return fused_moe(x, self.w13_weight, self.w2_weight, weight, ids, num_local_tokens=count, **self.options)
+
+
+@pytest.mark.parametrize("how", ["compiled", "compiled dynamic", "exported"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_reach_the_operator(options: dict[str, Any], how: str) -> None:
+    """Judged in float64; another number of tokens in the buffer does not recompile."""
+    layer, module = make_layer(), Dispatched(**options)
+    buffer = layer["hidden_states"], layer["topk_weight"], layer["topk_ids"]
+    judged = layer | {name: layer[name].dequantize(torch.float64) for name in ("w13", "w2")}
+    counts = [torch.tensor([count], dtype=torch.int32) for count in (5, 2, 0)]
+    if how == "exported":
+        call = torch.export.export(module, (*buffer, counts[0])).module()
+    else:
+        call = torch.compile(module, fullgraph=True, dynamic=how == "compiled dynamic", backend="aot_eager")
+        call(*buffer, counts[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for count in counts:
+            expected = dense_moe(**judged, num_local_tokens=count, **options)
+            torch.testing.assert_close(call(*buffer, count).double(), expected, rtol=1e-2, atol=1e-2)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = module(*(mode.from_tensor(tensor) for tensor in (*buffer, counts[0])))
+    assert (type(out), out.shape, out.dtype) == (FakeTensor, (5, HIDDEN), torch.bfloat16)
 
 
 # --- export

@@ -59,7 +59,7 @@ def run_python(block: Block, page: str, namespace: dict[str, Any], *, gfx950: bo
     """As it is pasted; `python gfx950` blocks on a device that counts as that GPU, with a fake aiter."""
     code = compile("\n" * (block.line - 1) + block.text, page, "exec")  # tracebacks name the page's lines
     with ExitStack() as stack:
-        for context in (override_arch("gfx950"), fake_aiter("#3832")) if gfx950 else (nullcontext(),):
+        for context in (override_arch("gfx950"), fake_aiter("v0.1.18 and later")) if gfx950 else (nullcontext(),):
             stack.enter_context(context)
         exec(code, namespace)
 

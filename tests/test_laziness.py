@@ -35,7 +35,7 @@ def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_nothing_shuffles_unasked(shuffles: ShuffleCount, device: str) -> None:
     """On a CPU or another GPU nothing does, and on the target neither does moving, wrapping, copying or explaining."""
-    with fake_aiter("#3832"):
+    with fake_aiter("v0.1.18 and later"):
         fused_moe(**make_layer(device))
         with override_arch("gfx950"):
             module = MoE().to(device).to(torch.float16).to(torch.bfloat16)
@@ -48,7 +48,7 @@ def test_nothing_shuffles_unasked(shuffles: ShuffleCount, device: str) -> None:
 
 
 def test_first_use_shuffles_once(shuffles: ShuffleCount, device: str) -> None:
-    with override_arch("gfx950"), fake_aiter("#3832"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
         module = MoE(device)
         address = module.w13_weight.qdata.data_ptr()
         for _ in range(3):
@@ -61,7 +61,7 @@ def test_first_use_shuffles_once(shuffles: ShuffleCount, device: str) -> None:
 
 
 def test_every_alias_sees_the_new_layout(device: str) -> None:
-    with override_arch("gfx950"), fake_aiter("#3470, shuffle_kind"):
+    with override_arch("gfx950"), fake_aiter("#3470 (shuffle_kind)"):
         weight = make_weight("w13", device)
         parameter = nn.Parameter(weight)
         module = nn.Module()
@@ -80,7 +80,7 @@ def test_every_alias_sees_the_new_layout(device: str) -> None:
 
 
 def test_eight_threads_at_once(shuffles: ShuffleCount, device: str) -> None:
-    with override_arch("gfx950"), fake_aiter("#3832"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
         expected = fused_moe(**make_layer(device))
         shuffles.count = 0
         layer = make_layer(device)
@@ -105,7 +105,7 @@ def test_eight_threads_at_once(shuffles: ShuffleCount, device: str) -> None:
 
 
 def test_being_flattened_for_the_compiler_is_a_first_use(shuffles: ShuffleCount, device: str) -> None:
-    with override_arch("gfx950"), fake_aiter("#3832"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
         expected = MoE(device)(*inputs(device))
         shuffles.count = 0
         module = MoE(device)
@@ -120,7 +120,7 @@ def test_being_flattened_for_the_compiler_is_a_first_use(shuffles: ShuffleCount,
 
 
 def test_another_kind_is_laid_out_anew_where_the_target_was_open(device: str) -> None:
-    with override_arch("gfx950"), fake_aiter("#3832"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
         expected = fused_moe(**make_layer(device))
         for kinds in (("mxfp4_moe", "mxfp4_moe"), ("mxfp4_moe", None), (None, "mxfp4_separated")):
             layer = make_layer(device)
@@ -131,20 +131,29 @@ def test_another_kind_is_laid_out_anew_where_the_target_was_open(device: str) ->
             assert layer["w13"].shuffle_kind == layer["w2"].shuffle_kind == "mxfp4_separated"
 
 
-@pytest.mark.parametrize("fixed", ["w13", "w2"])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_fixed_kind_that_nobody_reads_is_an_error(fixed: str, shuffled: bool, device: str) -> None:
-    with override_arch("gfx950"), fake_aiter("#3832") as fake:
-        layer = make_layer(device) | {fixed: make_weight(fixed, device, kind="mxfp4_moe")}
+def test_a_fixed_kind_is_kept(shuffled: bool, device: str) -> None:
+    """Also where aiter has no kernels for the call that read it."""
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later") as fake:
+        layer = make_layer(device) | {"w13": make_weight("w13", device, kind="mxfp4_moe")}
         if shuffled:
-            layer[fixed].shuffle_()
-        for function in (fused_moe, explain):
-            with pytest.raises(ValueError, match="made for shuffle_kind='mxfp4_moe', but .* reads 'mxfp4_separated'"):
-                function(**layer)
-        assert [layer[name].is_shuffled for name in ("w13", "w2") if name != fixed] == [False]
-        assert layer[fixed].is_shuffled == shuffled
+            layer["w13"].shuffle_()
+        report = explain(**layer)
+        assert report.backend == "reference"
+        assert "it would take weights made with shuffle_kind='mxfp4_separated'" in report.passed_over["aiter"]
+        with pytest.raises(ValueError, match="aiter cannot take this call"):
+            fused_moe(**layer, backend="aiter")
+        assert torch.equal(fused_moe(**layer), fused_moe(**make_layer(device), backend="reference"))
+        assert layer["w13"].shuffle_kind == "mxfp4_moe"
+        none = make_layer(device) | {"w2": make_weight("w2", device, kind="none")}
+        assert "w2 is fixed to 'none', and it reads" in explain(**none).passed_over["aiter"]
         assert fake.reads == []
-        fused_moe(**layer, backend="reference")
+        same = make_layer(device) | {
+            "w2": make_weight("w2", device, kind="mxfp4_moe")
+        }  # the same bytes in both layouts
+        assert torch.equal(fused_moe(**same), fused_moe(**make_layer(device)))
+        assert (same["w13"].shuffle_kind, same["w2"].shuffle_kind) == ("mxfp4_separated", "mxfp4_moe")
+        assert len(fake.reads) == 2
 
 
 def test_a_fixed_kind_is_shuffled_into_without_aiter(device: str) -> None:
@@ -158,7 +167,7 @@ def test_a_fixed_kind_is_shuffled_into_without_aiter(device: str) -> None:
 
 
 def test_bad_arguments_are_found_before_anything_is_shuffled(device: str) -> None:
-    with override_arch("gfx950"), fake_aiter("#3832"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
         layer = make_layer(device)
         with pytest.raises(TypeError, match="topk_ids must be"):
             fused_moe(**(layer | {"topk_ids": layer["topk_ids"].float()}))
@@ -167,7 +176,7 @@ def test_bad_arguments_are_found_before_anything_is_shuffled(device: str) -> Non
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_prepare(progress: bool, shuffles: ShuffleCount, device: str, caplog: pytest.LogCaptureFixture) -> None:
-    with override_arch("gfx950"), fake_aiter("#3832"), caplog.at_level(logging.INFO, "shuffled_tensor"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"), caplog.at_level(logging.INFO, "shuffled_tensor"):
         expected = MoE(device)(*inputs(device))
         shuffles.count = 0
         model = nn.Sequential(MoE(device), MoE(device), nn.Linear(2, 2))
@@ -186,7 +195,7 @@ def test_prepare_says_how_much_it_moved(caplog: pytest.LogCaptureFixture) -> Non
     experts = nn.Module()
     codes, scales = torch.zeros(8, 1024, 1024, dtype=torch.uint8), torch.zeros(8, 1024, 64, dtype=torch.uint8)
     experts.w2 = nn.Parameter(ShuffledMXFP4Tensor(codes, scales, gate_up=False))  # 8.5 MiB
-    with override_arch("gfx950"), fake_aiter("#3832"), caplog.at_level(logging.INFO, "shuffled_tensor"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"), caplog.at_level(logging.INFO, "shuffled_tensor"):
         prepare(experts)
         prepare(experts)
     assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == [
@@ -197,12 +206,12 @@ def test_prepare_says_how_much_it_moved(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.LogCaptureFixture) -> None:
     base._warn_once.cache_clear()  # another test may have met the same reason
-    with override_arch("gfx950"), fake_aiter("#3832"), caplog.at_level(logging.WARNING, "shuffled_tensor"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"), caplog.at_level(logging.WARNING, "shuffled_tensor"):
         for _ in range(2):
             fused_moe(**make_layer(device), swiglu_limit=123.0, activation="gelu")
             fused_moe(**make_layer(device))
     messages = [record.getMessage() for record in caplog.records]
-    reason = "activation='gelu' would be computed as SiLU"
+    reason = "no kernel known here computes activation='gelu'; they compute 'silu' and 'swiglu'"
     assert messages == [f"fused_moe goes to the reference backend, not to aiter: {reason}"]
 
 
@@ -211,14 +220,14 @@ def test_a_shape_without_a_kernel_is_logged_once(caplog: pytest.LogCaptureFixtur
     base._warn_once.cache_clear()
     with (
         override_arch("gfx950"),
-        fake_aiter("#3470, shuffle_kind", tuned=False),
+        fake_aiter("#3470 (shuffle_kind)", tuned=False),
         caplog.at_level(logging.WARNING, "shuffled_tensor"),
     ):
         for tokens in (5, 6, 7, 8):
             fused_moe(**make_layer(tokens=tokens))
     assert [record.getMessage() for record in caplog.records] == [
-        "fused_moe goes to the reference backend, not to aiter: no tuned kernel reads 'mxfp4_moe' for 8 tokens "
-        "(padded), 4 experts, hidden size 768, intermediate size 256 and topk 2 in aiter #3470, shuffle_kind"
+        "fused_moe goes to the reference backend, not to aiter: for 1 token, FlyDSL a4w4 in aiter #3470 (shuffle_kind) "
+        "reads 'mxfp4_separated', not 'mxfp4_moe'; it would take weights made with shuffle_kind='mxfp4_separated'"
     ]
 
 
@@ -250,7 +259,7 @@ def test_doctor() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU: its report is shown here")
-    with fake_aiter("#3832"):
+    with fake_aiter("v0.1.18 and later"):
         plain = run()
         with override_arch("gfx950"):
             target = run()
@@ -258,7 +267,7 @@ def test_doctor() -> None:
         f"{plain}\n\n{target}",
         """\
 torch         <version>
-aiter         of unknown release, API #3832 (b2dd7703df, v0.1.16.post4, v0.1.18 and later)
+aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
 cpu           cpu
   aiter       no: aiter's MXFP4 kernels run on gfx950, not on cpu
   reference   yes, reads any layout
@@ -266,9 +275,9 @@ layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: no device here is gfx950, and the reference backend runs everything
 
 torch         <version>
-aiter         of unknown release, API #3832 (b2dd7703df, v0.1.16.post4, v0.1.18 and later)
+aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
 cpu           gfx950
-  aiter       yes, reads 'mxfp4_separated'
+  aiter       yes, reads 'mxfp4_separated', 'mxfp4_moe'
   reference   yes, reads any layout
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: weights are shuffled on first use""",
@@ -282,7 +291,7 @@ to change     nothing: weights are shuffled on first use""",
 def test_capturing_a_graph_before_first_use_is_refused(device: str) -> None:
     if device != "cuda":
         pytest.skip("needs --device cuda")
-    with override_arch("gfx950"), fake_aiter("#3832"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
         weight = make_weight("w13", device)
         graph = torch.cuda.CUDAGraph()
         with pytest.raises(RuntimeError, match="prepare"), torch.cuda.graph(graph):
@@ -309,7 +318,7 @@ def test_another_thread_lays_weights_out_while_a_call_is_planned(monkeypatch: py
             layer[name].shuffle_("mxfp4_separated")
         return planned
 
-    with override_arch("gfx950"), fake_aiter("#3832"):
+    with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
         monkeypatch.setattr(op, "plan", interrupted)
         out = fused_moe(**layer, out_dtype=torch.float32)  # no kernel of aiter gives float32: the reference runs
     torch.testing.assert_close(out, expected)

@@ -21,7 +21,7 @@ from shuffled_tensor.checkpoint.names import PART_NAMES, FormatName
 from shuffled_tensor.layouts import LAYOUTS, Layout, find_layout
 from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
 from shuffled_tensor.moe.call import ARGUMENTS, BackendName, MoECall, PackedWeight, pack, unpack
-from shuffled_tensor.moe.op import Description
+from shuffled_tensor.moe.op import MANY, Description, Kernels
 from shuffled_tensor.mxfp4 import SCALE_RULES, ScaleRule
 
 from .support.layer import make_layer, make_weight
@@ -30,13 +30,13 @@ PACKAGE = Path(shuffled_tensor.__file__).parent
 
 # From the ground up: a room imports from those before it, never from those behind it.
 ROOMS = (
-    ("owners", "device"),
+    ("owners", "device", "operators"),
     ("mxfp4",),
     ("layouts",),
     ("tensor",),
     ("moe",),
     ("backends",),
-    ("modules", "checkpoint", "picture"),
+    ("linear", "modules", "checkpoint", "picture"),
     ("cli", "testing"),
     ("__main__",),
 )
@@ -145,7 +145,7 @@ def test_a_call_survives_the_operator_with_every_argument_in_its_place() -> None
     """Each argument is another object, so that no two can change places."""
     layer = make_layer()
     packed = {
-        name: PackedWeight(weight.qdata, weight.scale, weight._storage.layout, weight._storage.geometry)
+        name: PackedWeight.of(weight._storage, weight._storage.experts)._replace(fixed=weight._storage.layout)
         for name, weight in layer.items()
         if isinstance(weight, ShuffledMXFP4Tensor)
     }
@@ -156,7 +156,11 @@ def test_a_call_survives_the_operator_with_every_argument_in_its_place() -> None
         w2_bias=torch.zeros(2),
         expert_mask=torch.zeros(3),
         doweight_stage1=True,
+        num_local_tokens=torch.zeros(5),
         swiglu_limit=1.5,
+        swiglu_alpha=2.5,
+        situ_beta=3.5,
+        situ_linear_beta=4.5,
         hidden_scale=torch.zeros(4),
         activation_dtype="mxfp4",
         scale_rule="floor",
@@ -193,10 +197,10 @@ def test_a_call_survives_the_operator_with_every_argument_in_its_place() -> None
 
 
 def test_an_argument_that_does_not_exist_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'swiglu_alpha'"):
-        fused_moe(**make_layer(), swiglu_alpha=1.0)
-    with pytest.raises(TypeError, match=r"fused_moe\(\) got an unexpected keyword argument 'swiglu_alpha'"):
-        explain(**make_layer(), swiglu_alpha=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'swiglu_beta'"):
+        fused_moe(**make_layer(), swiglu_beta=1.0)
+    with pytest.raises(TypeError, match=r"fused_moe\(\) got an unexpected keyword argument 'swiglu_beta'"):
+        explain(**make_layer(), swiglu_beta=1.0)
 
 
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "foo", 7])
@@ -230,7 +234,7 @@ class MadeUp(Backend):
         return BACKENDS["reference"].run(call)
 
     def describe(self, call: MoECall[PackedWeight]) -> Description:
-        return Description("made up", {"colour": "red"})
+        return Description((Kernels(range(1, MANY), "paint", "made up"),), {"colour": "red"})
 
     def fingerprint(self) -> str:
         return "1.0"
@@ -257,9 +261,8 @@ def test_a_made_up_backend_is_selected_and_gets_its_layout(made_up: MadeUp) -> N
     assert made_up.ran == ["mxfp4_separated", "mxfp4_separated"]
     torch.testing.assert_close(out, expected)
     assert layer["w13"].shuffle_kind == "mxfp4_separated"
-    fixed = make_layer(kind="mxfp4_moe")
-    with pytest.raises(ValueError, match="made for shuffle_kind='mxfp4_moe', but what is installed here reads"):
-        fused_moe(**fixed)
+    with pytest.raises(ValueError, match="w13 is fixed to 'mxfp4_moe', and it reads 'mxfp4_separated'; make both"):
+        fused_moe(**make_layer(kind="mxfp4_moe"), backend="made up")
 
 
 def test_a_made_up_backend_is_explained(made_up: MadeUp) -> None:

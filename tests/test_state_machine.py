@@ -241,7 +241,7 @@ class Life(RuleBasedStateMachine):
             store.target = kind if store.target else None
         store.relayout(kind)
 
-    @rule(data=st.data(), version=st.sampled_from(["#3470, shuffle_kind", "#3832"]))
+    @rule(data=st.data(), version=st.sampled_from(["#3470 (shuffle_kind)", "v0.1.18 and later"]))
     def first_use(self, data: st.DataObject, version: str) -> None:
         alias = self.pick(data, lambda alias: alias.whole_experts and alias.store.pinned is None)
         store, kind = alias.store, EXPECTED[version].layout

@@ -16,7 +16,7 @@ from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.moe.op import Choice, Description
-from shuffled_tensor.tensor.policy import KernelOperands, Policy
+from shuffled_tensor.tensor.policy import Policy, Reading
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["BACKENDS", "Backend", "FirstUse", "select"]
@@ -42,13 +42,26 @@ class Backend(ABC):
         """Those that it reads on a device, the one that it wants first; none where it reads any."""
         return ()
 
-    def layout(self, device: torch.device) -> Layout | None:
-        """The one that it wants, or None where it reads any."""
-        return next(iter(self.layouts(device)), None)
+    def layout(self, call: MoECall[PackedWeight]) -> Layout | None:
+        """The one in which it reads a call's weights: theirs, or the one that it wants; None where it reads any."""
+        layouts = self.layouts(call.w13.qdata.device)
+        return call.w13.fixed if call.w13.fixed in layouts else next(iter(layouts), None)
+
+    def misread(self, call: MoECall[PackedWeight]) -> str | None:
+        """Which weight of a call is fixed to a layout that it does not read, or not with the other's; or None."""
+        layout = self.layout(call)
+        for name, (*_, geometry, fixed) in (("w13", call.w13), ("w2", call.w2)):
+            if layout is not None and fixed is not None and not fixed.same_bytes(layout, geometry.gate_up):
+                read = " or ".join(repr(each.name) for each in self.layouts(call.w13.qdata.device))
+                return (
+                    f"{name} is fixed to {fixed.name!r}, and it reads {read}; make both weights without a shuffle_kind"
+                )
+        return None
 
     @abstractmethod
     def refuse(self, call: MoECall[PackedWeight]) -> str | None:
-        """Why it does not take a call, or None; looks at everything but data and layouts."""
+        """Why it does not take a call whose weights it reads, or None; looks at everything but data and how the weights
+        lie now."""
 
     @abstractmethod
     def run(self, call: MoECall[PackedWeight]) -> Tensor:
@@ -63,9 +76,10 @@ class Backend(ABC):
         made under another one is not reused."""
         return None
 
-    def kernel_operands(self, weight: ShuffledMXFP4Tensor) -> KernelOperands:
-        """A weight as its kernels take it."""
-        raise NotImplementedError
+    def reading(self, weight: ShuffledMXFP4Tensor, layout: Layout | None) -> Reading | None:
+        """How its kernels read a weight, in a layout or, if none is asked for, in the one that it is to have; None
+        where they do not."""
+        return None
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -86,10 +100,10 @@ def select(call: MoECall[PackedWeight], wanted: Sequence[str] | None) -> Choice:
     passed_over: dict[str, str] = {}
     for place, name in enumerate(names):
         backend = BACKENDS[name]
-        reason = backend.available(device) or backend.refuse(call)
+        reason = backend.available(device) or backend.misread(call) or backend.refuse(call)
         if reason is None:
             warn = partial(_warn, name, passed_over, device)
-            return Choice(name, backend.layout(device), passed_over, names[place:], backend.run, backend.describe, warn)
+            return Choice(name, backend.layout(call), passed_over, names[place:], backend.run, backend.describe, warn)
         passed_over[name] = reason
     reasons = "; ".join(f"{name} cannot take this call: {reason}" for name, reason in passed_over.items())
     raise ValueError(f"{reasons}; shuffled_tensor.fused_moe without backend= goes to another")
@@ -109,14 +123,14 @@ def _warn_once(backend: str, passed_over: str, reason: str) -> None:
 class FirstUse(Policy):
     """What a tensor gets to know of the backends."""
 
-    def layout_at_first_use(self, device: torch.device, requested: Layout | None) -> Layout | None:
+    def layout_at_first_use(self, device: torch.device, fixed: Layout | None) -> Layout | None:
         here = arch(device)
         for backend in BACKENDS.values():
             if backend.arch == here:
-                if requested is not None:
-                    return requested
+                if fixed is not None:
+                    return fixed
                 if backend.available(device) is None:
-                    return backend.layout(device)
+                    return next(iter(backend.layouts(device)), None)
         return None
 
     def installed(self, device: torch.device) -> dict[str, str]:
@@ -126,15 +140,21 @@ class FirstUse(Policy):
     def fingerprint(self, device: torch.device) -> str:
         here = [backend for backend in BACKENDS.values() if backend.arch in (None, arch(device))]
         found = {backend.name: backend.available(device) or backend.fingerprint() for backend in here}
-        schema = torch.ops.shuffled_tensor.fused_moe_packed.default._schema  # of another version of this package
-        return f"{arch(device)}, {found}, {schema}"
+        operators = torch.ops.shuffled_tensor  # perhaps of another version of this package
+        schemas = [operators.fused_moe_packed.default._schema, operators.linear_mxfp4_packed.default._schema]
+        return f"{arch(device)}, {found}, {schemas}"
 
-    def kernel_operands(self, weight: ShuffledMXFP4Tensor) -> KernelOperands:
+    def reading(self, weight: ShuffledMXFP4Tensor, layout: Layout | None) -> Reading:
         reasons = []
         for backend in BACKENDS.values():
             if backend.arch is not None:
                 reason = backend.available(weight.device)
-                if reason is None:
-                    return backend.kernel_operands(weight)
-                reasons.append(f"{backend.name}: {reason}")
-        raise RuntimeError(f"as_kernel_operands() lays bytes out for a kernel library; {'; '.join(reasons)}")
+                found = backend.reading(weight, layout) if reason is None else None
+                if found is not None:
+                    return found
+                reasons.append(f"{backend.name}: {reason or 'it does not read the layout that the weight is fixed to'}")
+        if layout is not None:
+            return super().reading(weight, layout)
+        raise RuntimeError(
+            f"as_kernel_operands() needs a layout= where no kernel library tells it; {'; '.join(reasons)}"
+        )

@@ -7,13 +7,12 @@ so that no compiler can lose them.
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, ParamSpec
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import (
@@ -28,25 +27,43 @@ from shuffled_tensor.moe.call import (
     to_operator,
     unpack,
 )
+from shuffled_tensor.operators import LIBRARY, implement
 from shuffled_tensor.tensor import policy
-from shuffled_tensor.tensor.storage import PackedStorage, locked
+from shuffled_tensor.tensor.storage import PackedStorage, reading
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["Choice", "Description", "check_layouts", "fused_moe", "install", "layouts_in_use", "plan"]
+__all__ = ["MANY", "Choice", "Description", "Kernels", "fused_moe", "install", "layouts_in_use", "plan"]
 
 _P = ParamSpec("_P")
 
-_LIBRARY = torch.library.Library("shuffled_tensor", "DEF")
-_LIBRARY.define(f"fused_moe({schema(packed=False)}) -> Tensor")
-_LIBRARY.define(f"fused_moe_packed({schema(packed=True)}) -> Tensor")
+LIBRARY.define(f"fused_moe({schema(packed=False)}) -> Tensor")
+LIBRARY.define(f"fused_moe_packed({schema(packed=True)}) -> Tensor")
+
+
+MANY = 1 << 20
+"""Tokens: more than a call has."""
+
+
+class Kernels(NamedTuple):
+    """What computes a layer for some numbers of tokens."""
+
+    tokens: range
+    name: str
+    activations: str
+    """What they make of what enters a GEMM."""
+
+    def __str__(self) -> str:
+        first, last = self.tokens[0], self.tokens[-1]
+        tokens = f"{first} tokens or more" if last >= MANY else f"{first} to {last} tokens"
+        return f"{tokens}: {self.name}, activations {self.activations}"
 
 
 class Description(NamedTuple):
     """How a backend would run a call."""
 
-    activations: str
-    """What its kernels make of what enters a GEMM."""
-    tags: dict[str, Any]
+    routes: tuple[Kernels, ...]
+    """What computes its layer, for every number of tokens."""
+    tags: Mapping[str, Any]
     """What it tells its kernels of the weights' layout."""
 
 
@@ -55,7 +72,7 @@ class Choice(NamedTuple):
 
     backend: str
     layout: Layout | None
-    """The one that both weights must have; None where any will do."""
+    """The one in which both weights are read; None where any will do."""
     passed_over: dict[str, str]
     """Why each preferred backend does not take the call."""
     candidates: tuple[str, ...]
@@ -124,25 +141,23 @@ def _lower(*arguments: Any) -> Tensor:
     """A layer of experts, computed from the packed bytes by the backend that :func:`shuffled_tensor.explain` names."""
     given = unpack(arguments, packed=False)
     call, choice = plan(given)
-    storages = [weight._storage for weight in (given.w13, given.w2)]
-    if _lay_out(call, choice, storages):
+    if _lay_out(call, choice, {"w13": given.w13._storage, "w2": given.w2._storage}):
         call, choice = plan(given)
     choice.warn()
     call.backend = ", ".join(choice.candidates)  # type: ignore[assignment]  # several names, not one of a user's
     return torch.ops.shuffled_tensor.fused_moe_packed(*pack(call))  # type: ignore[no-any-return]
 
 
-def _lay_out(call: MoECall[PackedWeight], choice: Choice, storages: Sequence[PackedStorage]) -> bool:
+def _lay_out(call: MoECall[PackedWeight], choice: Choice, storages: Mapping[str, PackedStorage]) -> bool:
     """Bring weights into the layouts that a call wants, where it does not have them so."""
-    wanted = layouts_in_use(choice, *storages)
-    found = call.w13.layout, call.w2.layout  # as the call has them: another thread may have changed them since
-    if all(layout in (None, have) for layout, have in zip(wanted, found, strict=True)):
+    wanted = dict(zip(storages, layouts_in_use(choice, *storages.values()), strict=True))
+    # as the call has them: another thread may have changed them since
+    if all(layout in (None, getattr(call, name).layout) for name, layout in wanted.items()):
         return False
-    check(call)  # and the layouts, before anything is changed
-    check_layouts(choice, *storages)
-    for storage, layout in zip(storages, wanted, strict=True):
+    check(call)  # before anything is changed
+    for name, layout in wanted.items():
         if layout is not None:
-            storage.convert_layout_(layout)
+            storages[name].convert_layout_(layout)
     return True
 
 
@@ -168,23 +183,19 @@ def layouts_in_use(choice: Choice, *storages: PackedStorage) -> list[Layout | No
 
     This is a first use whoever computes, so that no later one changes the layout under a call that is running.
     """
-    return [
-        choice.layout or policy.current.layout_at_first_use(storage.qdata.device, storage.requested_layout)
-        for storage in storages
-    ]
 
+    def wanted(storage: PackedStorage) -> Layout | None:
+        if choice.layout is not None:
+            return storage.fixed_layout or choice.layout  # in which a fixed one is read alike, or it were not chosen
+        return policy.current.layout_at_first_use(storage.qdata.device, storage.fixed_layout)
 
-def check_layouts(choice: Choice, *storages: PackedStorage) -> None:
-    """Raise ValueError where a weight was made for another layout than the one that it would be brought into."""
-    if choice.layout is not None:
-        for storage in storages:
-            storage.check_usable_as(choice.layout)
+    return list(map(wanted, storages))
 
 
 def _packed_weight(weight: ShuffledMXFP4Tensor) -> PackedWeight:
     storage = weight._storage
     storage.check_readable()
-    return PackedWeight(weight.qdata, weight.scale, storage.layout, storage.geometry)
+    return PackedWeight(weight.qdata, weight.scale, storage.layout, storage.geometry, storage.fixed_layout)
 
 
 def _check_weights(w13: Tensor, w2: Tensor) -> tuple[ShuffledMXFP4Tensor, ShuffledMXFP4Tensor]:
@@ -226,42 +237,26 @@ def _packed(*args: Any) -> Tensor:
     }
     owned = {name: owner for name, owner in found.items() if owner is not None}
     storages = [storage for storage, _ in owned.values()]
-    running = threading.RLock()
-    with running:
-        with locked(*storages):
-            choice = _begin(call, owned)
-            for storage in storages:
-                storage.running.add(running)
-        try:
-            choice.warn()
-            # a program that calls this operator itself, such as an exported one, may run where matmuls are cast
-            with torch.autocast(call.w13.qdata.device.type, enabled=False):
-                return choice.run(call)
-        finally:
-            for storage in storages:
-                storage.running.discard(running)
+    with reading(storages, partial(_begin, call, owned)) as choice:
+        choice.warn()
+        # a program that calls this operator itself, such as an exported one, may run where matmuls are cast
+        with torch.autocast(call.w13.qdata.device.type, enabled=False):
+            return choice.run(call)
 
 
 def _begin(call: MoECall[PackedWeight], owned: dict[str, tuple[PackedStorage, range]]) -> Choice:
     """Who takes a call, after it is told how weights that have an owner lie now: compiled code, an exported program and
-    the caller in another thread have said how they lay.
-
-    A CUDA graph that is being captured reads them so at every replay, so their layouts stay.
-    """
-    storages = [storage for storage, _ in owned.values()]
+    the caller in another thread have said how they lay."""
 
     def choose() -> Choice:
         for name, (storage, experts) in owned.items():
             storage.check_readable()
-            setattr(call, name, PackedWeight(*storage.select(experts), storage.layout, storage.geometry))
+            setattr(call, name, PackedWeight.of(storage, experts))
         return _select(call, None if call.backend is None else call.backend.split(", "))
 
     choice = choose()
-    if len(owned) == 2 and _lay_out(call, choice, storages):
+    if _lay_out(call, choice, {name: storage for name, (storage, _) in owned.items()}):
         choice = choose()
-    if call.w13.qdata.is_cuda and torch.cuda.is_current_stream_capturing():
-        for storage in storages:
-            storage.locked_layout = storage.layout
     return choice
 
 
@@ -271,53 +266,5 @@ def _packed_fake(*args: Any) -> Tensor:
     return call.hidden_states.new_empty(call.hidden_states.shape[0], call.hidden, dtype=call.out_dtype)
 
 
-def _no_gradient() -> NoReturn:
-    raise RuntimeError(
-        "fused_moe has no gradient; call it under torch.no_grad(), or compute with .dequantize() to train through it"
-    )
-
-
-def _autograd(operator: torch._ops.OpOverload) -> Callable[..., Tensor]:
-    """What an operator does where torch differentiates: the same, and an error if a gradient is asked for."""
-
-    def below(keyset: Any, *args: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[no-any-return]
-
-    class NoGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Tensor:
-            return below(*args)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> NoReturn:
-            _no_gradient()
-
-    def run(keyset: Any, *args: Any) -> Tensor:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        # torch's own registration looks for requires_grad alone: a tangent would be dropped without a word
-        if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
-            raise RuntimeError(
-                "fused_moe has no gradient, in forward mode neither: torch.func.jvp, jacfwd and forward_ad cannot go "
-                "through it; compute with .dequantize() to differentiate"
-            )
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            if torch._C._are_functorch_transforms_active():
-                _no_gradient()  # torch.func takes no Function made here
-            return NoGradient.apply(keyset, *args)  # type: ignore[no-any-return,no-untyped-call]
-        return below(keyset, *args)
-
-    return run
-
-
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise NotImplementedError("fused_moe has no vmap rule; flatten the batch into tokens, [batch * tokens, K]")
-
-
-_LIBRARY.impl("fused_moe", _plain, "CompositeExplicitAutograd")
-_LIBRARY.impl("fused_moe_packed", _packed, "CompositeExplicitAutograd")
-torch.library.register_fake("shuffled_tensor::fused_moe_packed", _packed_fake, lib=_LIBRARY)
-for _name in ("fused_moe", "fused_moe_packed"):
-    _operator = getattr(torch.ops.shuffled_tensor, _name).default
-    _LIBRARY.impl(_name, _autograd(_operator), "Autograd", with_keyset=True)
-    torch.library.register_vmap(_operator, _no_vmap, lib=_LIBRARY)
+implement("fused_moe", _plain, layer="fused_moe")
+implement("fused_moe_packed", _packed, layer="fused_moe", fake=_packed_fake)

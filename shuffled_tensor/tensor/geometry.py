@@ -112,6 +112,15 @@ class Geometry(NamedTuple):
         """Logical and padded ones: where they are equal, equal values in one layout are equal bytes."""
         return *self[:3], *self._padded(CODES)
 
+    def check_aligned(self, align: Align) -> None:
+        """Raise ValueError where codes are padded otherwise than to multiples of ``align``."""
+        wanted = self._replace(align=align_of(align))
+        if wanted.padded_shape(CODES) != self.padded_shape(CODES):
+            raise ValueError(
+                f"this weight is padded to {self.padded_rows} rows and {self.padded_columns} columns, but "
+                f"align={align} is {wanted.padded_rows} and {wanted.padded_columns}; make it with align={align}"
+            )
+
     def shape(self, part: Part) -> tuple[int, int]:
         """Of one expert's logical codes or scales, in rows and bytes."""
         return self.rows, self.columns // part.per_byte

@@ -7,10 +7,10 @@ import ctypes
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window, slice_of
 from shuffled_tensor.tensor.unwritten import Unwritten
 from shuffled_tensor.tensor.validity import State, Validity
 
-__all__ = ["PackedStorage", "checksum", "locked"]
+__all__ = ["PackedStorage", "checksum", "locked", "reading"]
+
+_Begun = TypeVar("_Begun")
 
 
 class PackedStorage:
@@ -37,7 +39,8 @@ class PackedStorage:
         scale: uint8 ``[E, padded_rows, padded_columns / 32]``, rounded up to whole tiles.
         geometry: logical and padded sizes.
         requested_layout: the one that the caller fixed, or None where a backend decides at first use.
-        locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None.
+        locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None. See
+            :meth:`lock_layout`.
         sent: whether the memory was sent to another process.
         validity: in which layout the bytes are, and whether they are a weight now.
         lock: held wherever bytes and layout must agree.
@@ -46,6 +49,7 @@ class PackedStorage:
 
     __slots__ = (
         "__weakref__",
+        "_holders",
         "_owned",
         "_unwritten",
         "geometry",
@@ -73,6 +77,7 @@ class PackedStorage:
         self.geometry = geometry
         self.requested_layout = requested_layout
         self.locked_layout: Layout | None = None
+        self._holders: set[object] = set()
         self.sent = False
         self.validity = Validity(layout, row_order)
         self.lock = threading.RLock()
@@ -235,11 +240,12 @@ class PackedStorage:
             self.check_readable()
             if layout is self.layout:
                 return
-            if self.locked_layout is not None and self.locked_layout is not layout:
+            locked = self.locked_layout
+            if locked is not None and not locked.same_bytes(layout, self.geometry.gate_up):
                 raise RuntimeError(
                     f"the bytes were handed out by as_kernel_operands(), or captured in a CUDA graph, laid out as "
-                    f"{self.locked_layout.name!r}, so they cannot be brought into {layout.name!r} under their holder; "
-                    "clone() the tensor"
+                    f"{locked.name!r}, so they cannot be brought into {layout.name!r} under their holder; release() "
+                    "the operands, or clone() the tensor"
                 )
             self._permutation(layout)()
 
@@ -417,14 +423,34 @@ class PackedStorage:
             with self.lock:  # another thread may just be changing the layout
                 self.validity.check()
 
+    @property
+    def fixed_layout(self) -> Layout | None:
+        """The one that the bytes are in whenever somebody computes with them; None where who computes decides."""
+        return self.locked_layout or self.requested_layout
+
     def check_usable_as(self, layout: Layout) -> None:
         """Raise ValueError where a reader of ``layout`` meets a weight that was made for another one."""
-        if self.requested_layout not in (None, layout):
+        fixed = self.requested_layout
+        if fixed is not None and not fixed.same_bytes(layout, self.geometry.gate_up):
             raise ValueError(
-                f"the weight was made for shuffle_kind={self.requested_layout.name!r}, but what is installed here "
-                f"reads {layout.name!r}; make it without a shuffle_kind, call shuffle_({layout.name!r}), or ask for "
-                "backend='reference'"
+                f"the weight was made for shuffle_kind={fixed.name!r}, but {layout.name!r} is asked for; make it "
+                f"without a shuffle_kind, or call shuffle_({layout.name!r})"
             )
+
+    def lock_layout(self) -> Callable[[], None]:
+        """Keep the bytes as they lie, for somebody outside; what ends that, once everybody who asked has called it."""
+        holder = object()
+
+        def release() -> None:
+            with self.lock:
+                self._holders.discard(holder)
+                if not self._holders:
+                    self.locked_layout = None
+
+        with self.lock:
+            self._holders.add(holder)
+            self.locked_layout = self.layout
+        return release
 
     def select(self, experts: range) -> tuple[Tensor, Tensor]:
         """Codes and scales of some experts, as they lie: views."""
@@ -556,6 +582,28 @@ def locked(*storages: PackedStorage) -> Iterator[None]:
     first, *others = sorted(storages, key=id)
     with first.lock, locked(*others):  # of nothing but `with` is it sure that no interrupt leaves a lock behind
         yield
+
+
+@contextmanager
+def reading(storages: Sequence[PackedStorage], begin: Callable[[], _Begun]) -> Iterator[_Begun]:
+    """Around a call that reads the bytes, which nobody changes meanwhile, without their locks.
+
+    ``begin``, whose result is given, is called under these: it looks how the bytes lie, and may lay them out. A CUDA
+    graph that is being captured reads them so at every replay, so their layouts stay.
+    """
+    running = threading.RLock()
+    with running:
+        with locked(*storages):
+            begun = begin()
+            for storage in storages:
+                storage.running.add(running)
+                if storage._on_gpu and torch.cuda.is_current_stream_capturing():
+                    storage.lock_layout()
+        try:
+            yield begun
+        finally:
+            for storage in storages:
+                storage.running.discard(running)
 
 
 def _in_child() -> None:

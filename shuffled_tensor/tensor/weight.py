@@ -224,16 +224,36 @@ class ShuffledMXFP4Tensor(Wrapper):
         self._storage.convert_layout_(ROW_MAJOR)
         return self
 
-    def as_kernel_operands(self) -> KernelOperands:
-        """Plain tensors for code that must not see a subclass, laid out and marked as the installed kernels want them.
+    def as_kernel_operands(
+        self, *, layout: str | None = None, align: int | tuple[int, int] | None = None
+    ) -> KernelOperands:
+        """Plain tensors for code that must not see a subclass, laid out and marked as kernels want them.
 
-        They share the storage, so values written through this tensor are theirs too; its layout is locked from now on.
+        They share the storage, so values written through this tensor are theirs too. Its layout is locked until they
+        are released.
+
+        Args:
+            layout: the one that the caller's kernel reads; None is the one that this weight was made for, or the
+                default of the kernel library that is installed.
+            align: what the caller's kernel wants rows (of gate and up each) and columns to be padded to multiples of:
+                one number, or two.
 
         Raises:
-            RuntimeError: there are no kernels for this device.
-            ValueError: the tensor was made for another layout, or is a view of experts that are not contiguous.
+            RuntimeError: no ``layout``, and there are no kernels for this device; or the bytes are held in another one.
+            ValueError: the tensor was made for another layout, is padded otherwise, or is a view of experts that are
+                not contiguous.
         """
-        return policy.current.kernel_operands(self)
+        reading, storage = policy.current.reading(self, layout_or_none(layout)), self._storage
+        if not self.qdata.is_contiguous():
+            raise ValueError("these experts are not contiguous in memory; clone() them first")
+        storage.check_usable_as(reading.layout)
+        if align is not None:
+            storage.geometry.check_aligned(align)
+        with storage.lock:
+            storage.convert_layout_(reading.layout)
+            release = storage.lock_layout()
+        weight = policy.as_operand(self.qdata, reading.attributes)
+        return KernelOperands(weight, self.scale, reading.layout.name, reading.gate_mode, release)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The logical value as a plain tensor, in the logical dtype unless another is given."""

@@ -236,7 +236,7 @@ class Wrapper(StorageTensor):
         # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
         storage = self._storage
         storage.check_readable()
-        layout = policy.current.layout_at_first_use(self.device, storage.requested_layout)
+        layout = policy.current.layout_at_first_use(self.device, storage.fixed_layout)
         if layout is not None and layout is not storage.layout and storage.is_real:
             storage.convert_layout_(layout)
         # Names, because dynamo's guards compare them.
