@@ -76,8 +76,8 @@ class Choice(NamedTuple):
     passed_over: dict[str, str]
     """Why each preferred backend does not take the call."""
     candidates: tuple[str, ...]
-    """This backend, and those that would take the call if it were refused after all: which one takes it may depend on
-    how many tokens come, and a compiler traces with any number of them."""
+    """This backend, and those that would take the call if it were refused after all: compiled code outlives what that
+    depends on."""
     run: Callable[[MoECall[PackedWeight]], Tensor]
     describe: Callable[[MoECall[PackedWeight]], Description]
     warn: Callable[[], None]

@@ -25,7 +25,7 @@ _LIMITS = {"silu": math.inf, "swiglu": 7.0}
 """Where a call names none, of the activations that kernels of any version have."""
 
 _MULTIPLE = 256
-"""Of what the hidden and the intermediate size are, padded, in w13 and in w2."""
+"""What the padded hidden and intermediate sizes of both weights must be multiples of."""
 
 
 def refuse(call: MoECall[PackedWeight]) -> str | None:
@@ -193,12 +193,12 @@ def _padded(data: Tensor, columns: int, value: int = 0) -> Tensor:
 
 def attributes(geometry: Geometry, way: Way, installed: Installed) -> dict[str, Any]:
     """What is to stand on the tensor of a weight."""
-    columns, own = geometry.columns, {}
+    columns, tags = geometry.columns, {}
     if geometry.gate_up:
-        own = dict(way.tags)
+        tags = dict(way.tags)
     elif installed.version.inter_real and columns % 128 == 0 and columns != geometry.padded_columns:
-        own = {"inter_real": columns}
-    return {"is_shuffled": True, **own}
+        tags = {"inter_real": columns}
+    return {"is_shuffled": True, **tags}
 
 
 def _weight(packed: PackedWeight, way: Way, installed: Installed) -> Tensor:

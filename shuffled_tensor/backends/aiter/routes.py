@@ -64,12 +64,13 @@ class Stages(NamedTuple):
         return str(self.options.get("kernelName", ""))
 
     def flydsl(self, kernel: str) -> bool:
-        """Whether it is this kernel of FlyDSL's. `_kb` in a name is for parts of K; there, options are computed by
-        others."""
+        """Whether it is this kernel of FlyDSL's. Where its name has `_kb`, K goes in parts, and another kernel computes
+        the activation."""
         return self.first == "_flydsl_stage1_wrapper" and kernel in self.kernel
 
     def cktile(self, split_k: bool, rows: str | None = None) -> bool:
-        """Whether it is CK-Tile's kernel: for all of K, or for parts of it, whose sums have rows that others read."""
+        """Whether it is CK-Tile's kernel: for all of K; or for parts of it, with another one that computes the
+        activation from such rows."""
         return (
             self.first == "cktile_moe_stage1"
             and (self.options.get("split_k", 1) > 1) is split_k
@@ -82,7 +83,7 @@ class Family:
     """A row: kernels that read, take and round alike. What they do not take, they ignore without a word."""
 
     name: str
-    found: Callable[[Stages], bool]
+    matches: Callable[[Stages], bool]
     layout: Layout
     """Of w13; w2 lies alike in all."""
     numerics: str
@@ -95,7 +96,7 @@ class Family:
     packed: bool = False
     """Whether they take hidden states that are MXFP4 already."""
     num_local_tokens: bool = False
-    """Of the others that is not known."""
+    """Of those that have it False, most would take it in an emulation; no engine is known to call them so."""
 
 
 _FP4, _FP8, _BF16 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.bfloat16
@@ -103,59 +104,60 @@ _FP4, _FP8, _BF16 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.bfloat16
 # A configuration is of the first family that knows it.
 FAMILIES = (
     Family(
-        name="HIP a4w4", found=lambda s: s.hip,
+        name="HIP a4w4", matches=lambda s: s.hip,
         layout=MOE, numerics="mxfp4, even",
     ),
     Family(  # bound to interleave=True, they read the other layout; no call of ours leads there
-        name="mxmoe a4w4", found=lambda s: s.first == "_mxfp4_a4w4_stage1_fw" and not s.options.get("interleave", True),
+        name="mxmoe a4w4",
+        matches=lambda s: s.first == "_mxfp4_a4w4_stage1_fw" and not s.options.get("interleave", True),
         layout=SEPARATED, numerics="mxfp4, {rule}",
     ),
     Family(
-        name="FlyDSL a4w4, K in parts", found=lambda s: s.flydsl("_afp4_wfp4_") and "_kb" in s.kernel,
+        name="FlyDSL a4w4, K in parts", matches=lambda s: s.flydsl("_afp4_wfp4_") and "_kb" in s.kernel,
         layout=SEPARATED, numerics="mxfp4, {rule}",
     ),
     Family(
-        name="FlyDSL a4w4", found=lambda s: s.flydsl("_afp4_wfp4_") and "_gui" not in s.kernel and s.dtype is _FP4,
+        name="FlyDSL a4w4", matches=lambda s: s.flydsl("_afp4_wfp4_") and "_gui" not in s.kernel and s.dtype is _FP4,
         layout=SEPARATED, numerics="mxfp4, {rule}", activations=("silu", "swiglu"), limits=None,
         bias=True, expert_mask=True, packed=True, num_local_tokens=True,
     ),
     Family(
-        name="FlyDSL a8w4", found=lambda s: s.flydsl("_afp8_wfp4_") and "_gui" in s.kernel and s.dtype is _FP8,
+        name="FlyDSL a8w4", matches=lambda s: s.flydsl("_afp8_wfp4_") and "_gui" in s.kernel and s.dtype is _FP8,
         layout=MOE, numerics="mxfp8", activations=("silu", "swiglu"), limits=None, bias=True, expert_mask=True,
     ),
     Family(
-        name="CK-Tile a16w4", found=lambda s: s.cktile(split_k=False) and s.dtype is _BF16,
+        name="CK-Tile a16w4", matches=lambda s: s.cktile(split_k=False) and s.dtype is _BF16,
         layout=MOE, numerics="bfloat16", activations=("swiglu",), limits=(7.0,), bias=True, expert_mask=True,
     ),
     Family(
-        name="CK-Tile a8w4, then a16w4", found=lambda s: s.cktile(split_k=False) and s.dtype is _FP8 and s.parts,
+        name="CK-Tile a8w4, then a16w4", matches=lambda s: s.cktile(split_k=False) and s.dtype is _FP8 and s.parts,
         layout=MOE, numerics="mxfp8, then bfloat16", activations=("swiglu",), limits=(7.0,),
         bias=True, expert_mask=True,
     ),
     Family(
-        name="CK-Tile a8w4", found=lambda s: s.cktile(split_k=False) and s.dtype is _FP8,
+        name="CK-Tile a8w4", matches=lambda s: s.cktile(split_k=False) and s.dtype is _FP8,
         layout=MOE, numerics="mxfp8", activations=("swiglu",), limits=(7.0,), bias=True, expert_mask=True,
     ),
     Family(
-        name="CK-Tile a16w4, K in parts", found=lambda s: s.cktile(True, "standard") and s.dtype is _BF16,
+        name="CK-Tile a16w4, K in parts", matches=lambda s: s.cktile(True, "standard") and s.dtype is _BF16,
         layout=SEPARATED, numerics="bfloat16", activations=("swiglu",), limits=(7.0,), bias=True, expert_mask=True,
     ),
     Family(  # without an activation: some versions put MXFP4 activations in, and all drop biases and limits
-        name="CK-Tile a16w4, K in parts, of interleaved rows", found=lambda s: s.first == "cktile_moe_stage1",
+        name="CK-Tile a16w4, K in parts, of interleaved rows", matches=lambda s: s.first == "cktile_moe_stage1",
         layout=MOE, numerics="bfloat16", activations=(),
     ),
     Family(
-        name="CK a4w4", found=lambda s: s.first == "ck_moe_stage1" and s.dtype is _FP4,
+        name="CK a4w4", matches=lambda s: s.first == "ck_moe_stage1" and s.dtype is _FP4,
         layout=SEPARATED, numerics="mxfp4, {rule}",
     ),
     Family(  # AMD's machine code, which was run on a simulator
-        name="one-stage a4w4", found=lambda s: s.first == "fused_moe_1stage" and s.dtype is _FP4,
+        name="one-stage a4w4", matches=lambda s: s.first == "fused_moe_1stage" and s.dtype is _FP4,
         layout=SEPARATED, numerics="mxfp4, {rule}",
     ),
 )  # fmt: skip
 
 _SECOND = {
-    "",  # the first is both
+    "",  # none: the first runs both
     "_mxfp4_a4w4_stage2_fw",
     "_flydsl_stage2_wrapper",
     "_flydsl_v2_stage2_wrapper",
@@ -259,11 +261,7 @@ def _family(installed: Installed, way: Way, question: Question, tokens: int) -> 
     version, probed = installed.version, installed.probed
     enums, fused_moe = probed.module, probed.fused_moe
     dtype = _dtype(installed, way, question, tokens)
-    late = {
-        "is_ep": question.expert_mask,
-        "has_stage2_bias": question.bias,
-        "opus_weights_shuffled": True,
-    }
+    newer = {"is_ep": question.expert_mask, "has_stage2_bias": question.bias, "opus_weights_shuffled": True}
     try:
         found = fused_moe.get_2stage_cfgs(
             fused_moe.get_padded_M(tokens),
@@ -282,7 +280,7 @@ def _family(installed: Installed, way: Way, question: Question, tokens: int) -> 
             0,
             True,
             gate_mode=way.gate_mode,
-            **{name: value for name, value in late.items() if name in probed.config},
+            **{name: value for name, value in newer.items() if name in probed.config},
             **way.config,
         )
     except Exception as error:  # as where flydsl is missing; the call itself would raise it too
@@ -293,12 +291,13 @@ def _family(installed: Installed, way: Way, question: Question, tokens: int) -> 
         first=_name(probed, found.stage1),
         options=getattr(found.stage1, "keywords", {}),
         second=_name(probed, found.stage2),
+        # with K in parts, aiter leaves out the rounding before the first of two GEMMs
         dtype=_BF16 if dtype is _FP4 and found.ksplit > 1 and not found.run_1stage else dtype,
         hip=getattr(found, "pipeline", None) is not None or bool(getattr(found, "mxfp4_hip", False)),
         biases=bool(found.has_bias and found.stage2_has_bias),
         parts=found.ksplit > 1,
     )
-    family = next((family for family in FAMILIES if family.found(stages)), None)
+    family = next((family for family in FAMILIES if family.matches(stages)), None)
     if family is None or stages.second not in _SECOND:
         names = " and ".join(filter(None, (stages.first, stages.second)))
         raise Refused(
@@ -309,7 +308,7 @@ def _family(installed: Installed, way: Way, question: Question, tokens: int) -> 
 
 
 def _name(probed: Probed, stage: Any) -> str:
-    """Of the function that a stage calls, whoever has wrapped it."""
+    """Of the function that a stage calls, whoever has wrapped it; "" of none."""
     function = getattr(stage, "func", stage)
     here = (name for name in _SECOND for module in probed.modules if getattr(module, name, _SECOND) is function)
     return "" if function is None else next(here, str(getattr(function, "__name__", function)))

@@ -32,7 +32,7 @@ SEPARATED, MOE = LAYOUTS["mxfp4_separated"], LAYOUTS["mxfp4_moe"]
 
 @dataclass(frozen=True)
 class Way:
-    """How a call leads to kernels that read a layout."""
+    """What a call tells aiter, to be led to kernels that read a layout."""
 
     layout: Layout
     gate_mode: str
@@ -64,7 +64,7 @@ class Version:
     """Commits and releases that are known as it."""
     probe: Callable[[Probed], bool]
     scale_rule: ScaleRule
-    """By which it quantises activations, where its first HIP kernels do not."""
+    """By which it quantises activations to MXFP4; its first HIP kernels have a rule of their own."""
     ways: tuple[Way, ...]
     """In the order in which they are tried; the first one's layout is that of weights which have none."""
     inter_real: bool = False
