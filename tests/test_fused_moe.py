@@ -420,7 +420,7 @@ activation: ValueError: unknown activation 'relu'; known activations: 'silu', 'g
 activation dtype: ValueError: activation_dtype must be None (activations as they come) or 'mxfp4', found 'fp8'
 scale rule: ValueError: unknown scale_rule 'ceil'; known rules: 'floor', 'even', 'round_up', 'amax4'
 scale rule alone: ValueError: scale_rule='even' quantises activations, so it needs activation_dtype='mxfp4'
-limit: ValueError: swiglu_limit must be positive and finite, or None for the activation's own, found 0.0
+limit: ValueError: swiglu_limit must be positive and finite, or infinite, or None for the activation's own, found 0.0
 alpha: ValueError: swiglu_alpha must be positive and finite, or None for the activation's own, found -1.702
 alpha of silu: ValueError: activation='silu' takes no swiglu_alpha; it takes swiglu_limit, and swiglu_alpha is for 'swiglu'
 limit of situ: ValueError: activation='situ' takes no swiglu_limit; it takes situ_beta and situ_linear_beta, and swiglu_limit is for 'silu', 'gelu', 'gelu_tanh', 'swiglu'
@@ -707,8 +707,8 @@ scale dtype: TypeError: hidden_scale must be torch.uint8 or torch.float8_e8m0fnu
 bias of w2, shape: ValueError: w2_bias must be [3, 64], found shape [3, 128]
 bias of w13, dtype: TypeError: w13_bias must be torch.bfloat16 or torch.float16 or torch.float32, found torch.float64
 mask rank: ValueError: expert_mask must be [global experts], 1 where local, found shape [1, 3] for 3 local experts
-negative limit: ValueError: swiglu_limit must be positive and finite, or None for the activation's own, found -1.0
-limit that is no number: ValueError: swiglu_limit must be positive and finite, or None for the activation's own, found nan
+negative limit: ValueError: swiglu_limit must be positive and finite, or infinite, or None for the activation's own, found -1.0
+limit that is no number: ValueError: swiglu_limit must be positive and finite, or infinite, or None for the activation's own, found nan
 rule: ValueError: scale_rule='even' quantises activations, so it needs activation_dtype='mxfp4'
 out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found torch.float64
 device of the scales: ValueError: all tensors must be on the device of w13, cpu; found w2 on meta
