@@ -46,17 +46,25 @@ def choose(call: MoECall[PackedWeight]) -> tuple[Way, tuple[Kernels, ...]]:
     """
     installed, question = detect(), _question(call)
     layout = call.w13.fixed or installed.version.layout
-    refused: dict[Layout, Refused] = {}
-    for way in sorted(installed.version.ways, key=lambda way: way.layout is not layout):  # stable: the other ones last
-        try:
-            found = _suited(call, routes(installed, way, question))
-        except Refused as reason:
-            refused.setdefault(way.layout, reason)
-        else:
-            if way.layout is layout:
-                return way, found
-            raise Refused(f"{refused[layout]}; it would take weights made with shuffle_kind={way.layout.name!r}")
-    raise refused[layout]
+    reasons: list[Refused] = []
+    for way in installed.version.ways:
+        if way.layout is layout:
+            try:
+                return way, _suited(call, routes(installed, way, question))
+            except Refused as reason:
+                reasons.append(reason)
+    for way in installed.version.ways:
+        if way.layout is not layout and _takes(call, installed, way, question):
+            raise Refused(f"{reasons[0]}; it would take weights made with shuffle_kind={way.layout.name!r}")
+    raise reasons[0]
+
+
+def _takes(call: MoECall[PackedWeight], installed: Installed, way: Way, question: Question) -> bool:
+    try:
+        _suited(call, routes(installed, way, question))
+    except Refused:
+        return False
+    return True
 
 
 def _suited(call: MoECall[PackedWeight], found: tuple[Kernels, ...]) -> tuple[Kernels, ...]:

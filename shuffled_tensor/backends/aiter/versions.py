@@ -30,7 +30,7 @@ ARCH = "gfx950"
 SEPARATED, MOE = LAYOUTS["mxfp4_separated"], LAYOUTS["mxfp4_moe"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Way:
     """What a call tells aiter, to be led to kernels that read a layout."""
 
