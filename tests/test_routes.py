@@ -236,6 +236,15 @@ def test_a_knob_that_is_turned_later_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         assert explain(**layer).backend == "reference"
 
 
+def test_a_bound_between_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AITER_BF16_FP8_MOE_BOUND", "300")
+    with installed("v0.1.18 and later"):
+        layer = make_layer(299, MOE, **MODELS["gpt-oss"])
+        assert [(route.tokens[0], route.name) for route in explain(**layer).routes] == [(1, WHOLE), (300, A8)]
+        assert [explain(**layer, tokens=tokens).kernels for tokens in (299, 300)] == [WHOLE, A8]
+        assert relative_error(fused_moe(**layer), judged(layer, "bfloat16", "#4542")) < TOLERANCE
+
+
 def test_knobs_that_no_answer_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed("v0.1.18 and later") as fake:
         layer = make_layer(4, MOE, **MODELS["gpt-oss"])
@@ -376,6 +385,25 @@ def test_pads_are_never_told() -> None:
         assert [(call["hidden_pad"], call["intermediate_pad"]) for call in given] == [(0, 0), (0, 0)]
         assert [call["gate_mode"] for call in given] == ["separated", "interleave"]
         assert all(call[name].dtype is torch.float32 for call in given for name in ("bias1", "bias2"))
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_a_mask_comes_with_a_slot_more(topk: int) -> None:
+    """By aiter's convention, whose tables are of the slots without it: one expert a token would be none."""
+    with installed("v0.1.18 and later") as fake:
+        given: list[dict[str, Any]] = []
+        asked: list[dict[str, Any]] = []
+        operator, configuration = fake.fused_moe_, fake.configuration
+        fake.fused_moe_ = lambda call: given.append(call) or operator(call)  # type: ignore[method-assign]
+        fake.configuration = lambda **call: asked.append(call) or configuration(**call)  # type: ignore[method-assign]
+        layer = make_layer(4, SEPARATED, expert_mask=MASK)
+        layer |= {name: layer[name][:, :topk] for name in ("topk_weight", "topk_ids")}
+        out = fused_moe(**layer, backend="aiter")
+        assert relative_error(out, judged(layer, "mxfp4, round_up", "#4542")) < TOLERANCE
+        assert given[0]["expert_mask"].tolist() == [*MASK.tolist(), 0]
+        assert given[0]["topk_ids"][:, topk:].tolist() == [[len(MASK)]] * 4
+        assert given[0]["topk_weight"][:, topk:].tolist() == [[0.0]] * 4
+        assert {(call["topk"], call["is_ep"]) for call in asked} == {(topk + 1, True)}
 
 
 @pytest.mark.parametrize("version", ["v0.1.18 and later", "v0.1.15", "#3470"])
