@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, arch, explain, fused_moe, linear, prepare
+from shuffled_tensor import ShuffledMXFP4Tensor, arch, explain, fused_moe, linear, prepare
 from shuffled_tensor.backends.aiter import gemm
 from shuffled_tensor.backends.aiter import versions as backend
 from shuffled_tensor.moe.call import PackedWeight
@@ -50,11 +50,15 @@ def routed(tokens: int, hidden: int, topk: int) -> tuple[Tensor, Tensor, Tensor]
     return x, weight, ids.int()
 
 
-def assert_close(module: MoE, out: Tensor, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-    rule = backend.detect().version.scale_rule
-    reference = module(*arguments, backend="reference", activation_dtype="mxfp4", scale_rule=rule)
-    x, y = out.double(), reference.double()
-    assert 1 - 2 * (x * y).sum() / (x.square() + y.square()).sum() < 0.01  # aiter's logits_diff
+def assert_close(module: MoE, out: Tensor, arguments: tuple[Tensor, Tensor, Tensor], **options: Any) -> None:
+    x, *routing = arguments
+    activations = explain(x, module.w13_weight, module.w2_weight, *routing, **options).activations
+    rounded = {"activation_dtype": "mxfp4", "scale_rule": activations.removeprefix("mxfp4, ")}
+    reference = module(
+        *arguments, backend="reference", **options, **(rounded if activations.startswith("mxfp4, ") else {})
+    )
+    a, b = out.double(), reference.double()
+    assert 1 - 2 * (a * b).sum() / (a.square() + b.square()).sum() < 0.01  # aiter's logits_diff
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,16 +85,27 @@ def test_against_the_reference(shape: str, tokens: int, mode: str) -> None:
         assert_close(module, out, arguments)
 
 
+MODELS = {"gpt-oss": {"activation": "swiglu"}, "DeepSeek V4": {"swiglu_limit": 10.0}, "Kimi K2": {}}
+
+
 @pytest.mark.parametrize("kind", ["mxfp4_moe", "mxfp4_separated"])
-def test_kinds(kind: str) -> None:
-    """The kind that the installed aiter reads gives right numbers; the other is refused, and never reaches a kernel."""
-    hidden, intermediate, topk = SHAPES["Kimi-K2.5"]
-    module, arguments = MoE(hidden, intermediate, kind), routed(16, hidden, topk)
-    if kind == backend.detect().version.layout.name:
-        assert_close(module, module(*arguments), arguments)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("tokens", [1, 32, 255, 256, 4096])
+def test_every_model_in_both_layouts(kind: str, model: str, tokens: int) -> None:
+    """Right numbers by the route that `explain` names, or a refusal."""
+    hidden, intermediate, topk = SHAPES["padded"]
+    module, arguments = MoE(hidden, intermediate, kind), routed(tokens, hidden, topk)
+    options = dict(MODELS[model])
+    if model == "gpt-oss":
+        options["w13_bias"] = torch.randn(EXPERTS, 2 * intermediate, device="cuda", dtype=torch.bfloat16)
+        options["w2_bias"] = torch.randn(EXPERTS, hidden, device="cuda", dtype=torch.bfloat16)
+    x, *routing = arguments
+    if explain(x, module.w13_weight, module.w2_weight, *routing, **options).backend == "aiter":
+        assert_close(module, module(*arguments, **options), arguments, **options)
     else:
-        with pytest.raises(ValueError, match=f"made for shuffle_kind='{kind}'"):
-            module(*arguments)
+        with pytest.raises(ValueError, match="aiter cannot take this call: for "):
+            module(*arguments, backend="aiter", **options)
+    assert module.w13_weight.shuffle_kind == kind
 
 
 @pytest.mark.parametrize("kind", ["mxfp4_moe", "mxfp4_separated"])
@@ -102,10 +117,10 @@ def test_a_dense_layer(tokens: int, gate_up: bool, kind: str) -> None:
     values, order = torch.randn(2880, 2880, device="cuda", dtype=torch.bfloat16), "contiguous" if gate_up else None
     w = ShuffledMXFP4Tensor.from_hp(values, gate_up=gate_up, row_order=order, shuffle_kind=kind)
     x, bias = torch.randn(tokens, 2880, device="cuda", dtype=torch.bfloat16), torch.randn(2880, device="cuda")
-    assert gemm.refuse(x, PackedWeight(w.qdata[None], w.scale[None], LAYOUTS[kind], w._storage.geometry), None) is None
     out = linear(x, w, bias, activation_dtype="mxfp4")
+    assert gemm.refuse(x, PackedWeight.of(w._storage, w._storage.experts), None) is None
     # no kernel takes float32
-    rule = gemm.scale_rule_of_kernels()
+    rule = backend.detect().version.scale_rule
     reference = linear(x.float(), w, bias, activation_dtype="mxfp4", scale_rule=rule)
     assert (out - reference).norm() < 0.01 * reference.norm()
 
