@@ -32,19 +32,19 @@ def refuse(call: MoECall[PackedWeight]) -> str | None:
     """Why aiter would ignore or miscompute something in this call, whatever the number of its tokens, or None."""
     try:
         _check(call)
-        choose(call)
+        choose(call, _question(call))
     except Refused as refused:
         return str(refused)
     return None
 
 
-def choose(call: MoECall[PackedWeight]) -> tuple[Way, tuple[Kernels, ...]]:
-    """How to make a call, and what then runs for every number of tokens.
+def choose(call: MoECall[PackedWeight], question: Question) -> tuple[Way, tuple[Kernels, ...]]:
+    """How to make a call, which asks this question, and what then runs for every number of tokens.
 
     Raises:
         Refused: nothing that reads its weights in the layout that they have, or will have, takes it.
     """
-    installed, question = detect(), _question(call)
+    installed = detect()
     layout = call.w13.fixed or installed.version.layout
     reasons: list[Refused] = []
     for way in installed.version.ways:
@@ -128,7 +128,7 @@ def _question(call: MoECall[PackedWeight]) -> Question:
 
 def describe(call: MoECall[PackedWeight]) -> Description:
     """How a call that :func:`refuse` does not refuse would be made."""
-    way, found = choose(call)
+    way, found = choose(call, _question(call))
     return Description(found, {"is_shuffled": True, **dict(way.tags), "gate_mode": way.gate_mode})
 
 
@@ -138,20 +138,21 @@ def run(call: MoECall[PackedWeight]) -> Tensor:
     Raises:
         ValueError: weights that are not in the layout that the kernels read.
     """
-    installed, (way, _) = detect(), choose(call)
+    installed, question = detect(), _question(call)
+    way, _ = choose(call, question)
     for name, weight in (("w13", call.w13), ("w2", call.w2)):
         if not weight.layout.same_bytes(way.layout, weight.geometry.gate_up):
             raise ValueError(f"aiter would read {name} as {way.layout.name!r}, but it lies as {weight.layout.name!r}")
     if not len(call.hidden_states):  # as for a rank without requests; no version says that it takes an empty launch
         return call.hidden_states.new_empty(0, call.w2.geometry.rows, dtype=call.out_dtype)
-    out: Tensor = installed.probed.fused_moe.fused_moe(**_arguments(call, installed, way))
+    out: Tensor = installed.probed.fused_moe.fused_moe(**_arguments(call, question, installed, way))
     return out[:, : call.w2.geometry.rows].contiguous()
 
 
-def _arguments(call: MoECall[PackedWeight], installed: Installed, way: Way) -> dict[str, Any]:
+def _arguments(call: MoECall[PackedWeight], question: Question, installed: Installed, way: Way) -> dict[str, Any]:
     """Of `aiter.fused_moe.fused_moe`. Pads are zeros, and never told: where they are told, CK-Tile's kernels leave the
     last rows of w13 out, which in the separated layout are rows of up (aiter #3862)."""
-    probed, question = installed.probed, _question(call)
+    probed = installed.probed
     w13, w2, enums = call.w13.geometry, call.w2.geometry, probed.module
     intermediate, columns = w2.padded_columns, w13.padded_columns
     hidden_states, ids, weight, mask = call.hidden_states, call.topk_ids.int(), call.topk_weight.float(), None
