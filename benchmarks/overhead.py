@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the tensor subclass costs a call, over the packed operator with plain tensors: eager, compiled, graph-captured.
+"""What the tensor subclass costs a call, over the packed operator with plain tensors: eager, compiled, captured.
+
+Some engines drop all of dynamo's guards. Weights that are frozen are constants of the compiled code:
+torch._inductor.config.freezing.
 
     python benchmarks/overhead.py [--device cpu|cuda] [--layers N]
 
@@ -11,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, backends, fused_moe
@@ -74,6 +79,40 @@ class Plain(nn.Module):
         )
 
 
+class PlainModel(nn.ModuleList):
+    def forward(self, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, weight, ids)
+        return x
+
+
+class OurModel(nn.ModuleList):
+    # a function of its own: dynamo keeps what it compiled by function, and without guards takes what is there
+    def forward(self, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, weight, ids)
+        return x
+
+
+def rows(models: list[nn.Module], arguments: tuple[Tensor, ...]) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    """Each to be timed before the next one is asked for: what was compiled is forgotten then."""
+    yield "eager", [partial(model, *arguments) for model in models]
+    no_guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    for row, options, frozen in (
+        ("compiled", {}, False),
+        ("compiled, frozen", {}, True),
+        ("compiled, no guards", no_guards, False),
+    ):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(freezing=frozen):
+            yield (
+                row,
+                [partial(torch.compile(model, fullgraph=True, options={**options}), *arguments) for model in models],
+            )
+    if arguments[0].is_cuda:
+        yield "graph-captured", [captured(model, arguments) for model in models]
+
+
 def captured(module: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     module(*arguments)
@@ -112,29 +151,14 @@ def main() -> None:
         torch.randint(EXPERTS, (TOKENS, TOPK), device=device, dtype=torch.int32),
     )
 
-    class Model(nn.Module):
-        def __init__(self, stack: list[nn.Module]) -> None:
-            super().__init__()
-            self.stack = nn.ModuleList(stack)
-
-        def forward(self, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-            for layer in self.stack:
-                x = layer(x, weight, ids)
-            return x
-
-    models = [Model([Plain(layer) for layer in ours]), Model(list(ours))]
+    models = [PlainModel(Plain(layer) for layer in ours), OurModel(ours)]
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__} on {name}; {layers} layers, microseconds a layer\n")
-    print(f"{'':16}{'plain tensors':>15}{'our tensors':>13}{'added':>8}{'ratio':>8}")
+    print(f"{'':24}{'plain tensors':>15}{'our tensors':>13}{'added':>8}{'ratio':>8}")
     with torch.no_grad():
-        rows = {"eager": [lambda model=model: model(*arguments) for model in models]}
-        compiled = [torch.compile(model, fullgraph=True) for model in models]
-        rows["compiled"] = [lambda model=model: model(*arguments) for model in compiled]
-        if device == "cuda":
-            rows["graph-captured"] = [captured(model, arguments) for model in models]
-        for row, runs in rows.items():
+        for row, runs in rows(models, arguments):
             plain, subclass = (time_ / layers for time_ in microseconds(runs, device))
-            print(f"{row:16}{plain:15.1f}{subclass:13.1f}{subclass - plain:8.1f}{subclass / plain:7.2f}x")
+            print(f"{row:24}{plain:15.1f}{subclass:13.1f}{subclass - plain:8.1f}{subclass / plain:7.2f}x")
 
 
 if __name__ == "__main__":
