@@ -4,7 +4,9 @@ agrees with the numerics that are stated, and whatever would be wrong is refused
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -234,6 +236,62 @@ def test_a_knob_that_is_turned_later_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         assert explain(**layer).backend == "aiter"
         monkeypatch.setenv("AITER_FLYDSL_FORCE", "0")
         assert explain(**layer).backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "rule", "flydsl"),
+    [("v0.1.18 and later", SEPARATED, "round_up", True), ("#3788", MOE, "even", False)],
+)
+def test_a_call_that_was_prepared_sees_what_changes(
+    version: str, kind: str, rule: str, flydsl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One change, and no kernel of this aiter may get the call; of some, none but FlyDSL's."""
+    layer = make_layer(4, kind)
+    refused: dict[str, Any] = {
+        "activation": "gelu",
+        "out_dtype": torch.float32,
+        "scale_rule": "floor",
+        "hidden_states": layer["hidden_states"].float(),
+        "doweight_stage1": True,
+        "w2": ShuffledMXFP4Tensor(*(part.clone() for part in parts()[1]), gate_up=False, align=32, shuffle_kind=kind),
+    }
+    taken_by_flydsl: dict[str, Any] = {
+        "swiglu_limit": 3.0,
+        "num_local_tokens": torch.tensor([4], dtype=torch.int32),
+        "w2_bias": torch.zeros(EXPERTS, HIDDEN),
+        "w13_bias": torch.zeros(EXPERTS, 2 * INTERMEDIATE),
+        "expert_mask": torch.ones(EXPERTS, dtype=torch.int32),
+    }
+    layer |= {"activation_dtype": "mxfp4", "scale_rule": rule, "out_dtype": torch.bfloat16}
+    with installed(version, flydsl=flydsl) as fake:
+
+        def ran(**change: Any) -> int:
+            before = len(fake.reads)
+            fused_moe(**layer | change)
+            return len(fake.reads) - before
+
+        assert [ran(), ran()] == [1, 1]
+        for name, value in (refused | taken_by_flydsl).items():
+            assert (name, ran(**{name: value}), ran()) == (name, int(flydsl and name in taken_by_flydsl), 1)
+        with monkeypatch.context() as patch:
+            patch.setenv("AITER_ONLINE_TUNE", "1")
+            assert ran() == 0
+        with override_arch("gfx942"):
+            assert ran() == 0
+        assert ran() == 1
+    with installed("v0.1.14") as fake:  # whose kernels are wrong for few tokens
+        assert [ran(), ran()] == [0, 0]
+
+
+def test_a_call_that_is_refused_keeps_no_tensors() -> None:
+    with installed("v0.1.18 and later"):
+        layer = make_layer(4, SEPARATED, out_dtype=torch.float32)
+        fused_moe(**layer)
+        fused_moe(**layer)
+        kept = weakref.ref(layer["hidden_states"])
+        del layer
+        gc.collect()
+        assert kept() is None
 
 
 def test_a_bound_between_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:

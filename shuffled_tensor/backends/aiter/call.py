@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
-from shuffled_tensor.backends.aiter.routes import Question, Refused, routes
+from shuffled_tensor.backends.aiter.routes import Question, Refused, environment, routes
 from shuffled_tensor.backends.aiter.versions import Installed, Way, detect
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.activations import ACTIVATIONS
@@ -28,43 +28,81 @@ _MULTIPLE = 256
 """What the padded hidden and intermediate sizes of both weights must be multiples of."""
 
 
+class Prepared(NamedTuple):
+    """What is found out about a call before it is made."""
+
+    question: Question
+    way: Way
+    routes: tuple[Kernels, ...]
+    """What runs for every number of tokens."""
+
+
 def refuse(call: MoECall[PackedWeight]) -> str | None:
     """Why aiter would ignore or miscompute something in this call, whatever the number of its tokens, or None."""
     try:
-        _check(call)
-        choose(call, _question(call))
+        prepare(call)
     except Refused as refused:
         return str(refused)
     return None
 
 
-def choose(call: MoECall[PackedWeight], question: Question) -> tuple[Way, tuple[Kernels, ...]]:
-    """How to make a call, which asks this question, and what then runs for every number of tokens.
+def prepare(call: MoECall[PackedWeight]) -> Prepared:
+    """How to make a call: found out once for calls that are alike in what it depends on.
 
     Raises:
         Refused: nothing that reads its weights in the layout that they have, or will have, takes it.
     """
     installed = detect()
+    key = (
+        *(
+            (weight.geometry, weight.fixed, len(weight.qdata), weight.qdata.is_contiguous())
+            for weight in (call.w13, call.w2)
+        ),
+        int(call.topk_ids.shape[1]),  # a compiler may know it by a symbol
+        call.hidden_states.dtype,
+        *(
+            tensor is None
+            for tensor in (call.w13_bias, call.w2_bias, call.expert_mask, call.num_local_tokens, call.hidden_scale)
+        ),
+        *(call.activation, call.doweight_stage1, call.swiglu_limit, call.swiglu_alpha),
+        *(call.activation_dtype, call.scale_rule, call.out_dtype),
+        *environment(),
+    )
+    found: Prepared | str | None = installed.prepared.get(key)
+    if found is None:
+        reasons: list[Refused] = []
+        try:
+            _check(call)
+            question = _question(call)
+            found = Prepared(question, *_choose(call, installed, question, reasons))
+        except Refused as refused:
+            found = str(refused)  # itself, it would keep the call's tensors
+        if all(reason.__cause__ is None for reason in reasons):  # else aiter failed, and may not do so again
+            installed.prepared[key] = found
+    if isinstance(found, str):
+        raise Refused(found)
+    return found
+
+
+def _choose(
+    call: MoECall[PackedWeight], installed: Installed, question: Question, reasons: list[Refused]
+) -> tuple[Way, tuple[Kernels, ...]]:
+    """The first way that takes a call, and what then runs; ``reasons`` gets why others do not.
+
+    Raises:
+        Refused: there is none.
+    """
     layout = call.w13.fixed or installed.version.layout
-    reasons: list[Refused] = []
-    for way in installed.version.ways:
+    for way in sorted(installed.version.ways, key=lambda way: way.layout is not layout):  # the others for the message
+        try:
+            found = _suited(call, routes(installed, way, question))
+        except Refused as reason:
+            reasons.append(reason)
+            continue
         if way.layout is layout:
-            try:
-                return way, _suited(call, routes(installed, way, question))
-            except Refused as reason:
-                reasons.append(reason)
-    for way in installed.version.ways:
-        if way.layout is not layout and _takes(call, installed, way, question):
-            raise Refused(f"{reasons[0]}; it would take weights made with shuffle_kind={way.layout.name!r}")
+            return way, found
+        raise Refused(f"{reasons[0]}; it would take weights made with shuffle_kind={way.layout.name!r}")
     raise reasons[0]
-
-
-def _takes(call: MoECall[PackedWeight], installed: Installed, way: Way, question: Question) -> bool:
-    try:
-        _suited(call, routes(installed, way, question))
-    except Refused:
-        return False
-    return True
 
 
 def _suited(call: MoECall[PackedWeight], found: tuple[Kernels, ...]) -> tuple[Kernels, ...]:
@@ -128,7 +166,7 @@ def _question(call: MoECall[PackedWeight]) -> Question:
 
 def describe(call: MoECall[PackedWeight]) -> Description:
     """How a call that :func:`refuse` does not refuse would be made."""
-    way, found = choose(call, _question(call))
+    _, way, found = prepare(call)
     return Description(found, {"is_shuffled": True, **dict(way.tags), "gate_mode": way.gate_mode})
 
 
@@ -138,8 +176,7 @@ def run(call: MoECall[PackedWeight]) -> Tensor:
     Raises:
         ValueError: weights that are not in the layout that the kernels read.
     """
-    installed, question = detect(), _question(call)
-    way, _ = choose(call, question)
+    installed, (question, way, _) = detect(), prepare(call)
     for name, weight in (("w13", call.w13), ("w2", call.w2)):
         if not weight.layout.same_bytes(way.layout, weight.geometry.gate_up):
             raise ValueError(f"aiter would read {name} as {way.layout.name!r}, but it lies as {weight.layout.name!r}")
@@ -168,9 +205,9 @@ def _arguments(call: MoECall[PackedWeight], question: Question, installed: Insta
         biases = ("bias1", call.w13_bias, w13, intermediate), ("bias2", call.w2_bias, w2, columns)
         for name, bias, of, size in biases:
             if bias is None:
-                bias = hidden_states.new_zeros(question.experts, of.rows, dtype=torch.float32)
-            halves = bias.float().unflatten(1, (of.halves, -1))
-            arguments[name] = _padded(halves, size).flatten(1)
+                arguments[name] = hidden_states.new_zeros(question.experts, of.halves * size, dtype=torch.float32)
+            else:
+                arguments[name] = _padded(bias.float().unflatten(1, (of.halves, -1)), size).flatten(1)
     if call.expert_mask is not None:  # by aiter's convention, tokens have one slot more, whose expert is nobody's
         mask = F.pad(call.expert_mask, (0, 1))
         ids, weight = F.pad(ids, (0, 1), value=len(call.expert_mask)), F.pad(weight, (0, 1))
@@ -197,7 +234,10 @@ def _arguments(call: MoECall[PackedWeight], question: Question, installed: Insta
 
 
 def _padded(data: Tensor, columns: int, value: int = 0) -> Tensor:
-    return F.pad(data, (0, columns - data.shape[-1]), value=value).contiguous()
+    pad = columns - data.shape[-1]
+    return (
+        F.pad(data, (0, pad), value=value) if pad else data
+    ).contiguous()  # of which without pads torch makes a copy
 
 
 def attributes(geometry: Geometry, way: Way, installed: Installed) -> dict[str, Any]:

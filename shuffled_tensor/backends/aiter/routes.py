@@ -21,7 +21,7 @@ from shuffled_tensor.backends.aiter.versions import MOE, SEPARATED, Installed, P
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.op import MANY, Kernels
 
-__all__ = ["FAMILIES", "Family", "Question", "Refused", "routes"]
+__all__ = ["FAMILIES", "Family", "Question", "Refused", "environment", "routes"]
 
 
 class Question(NamedTuple):
@@ -186,6 +186,11 @@ _LOSSY = ("AITER_MXFP4_INTERMEDIATE", "AITER_FLYDSL_STAGE2_FP8")
 """What makes it round more than the families say."""
 
 
+def environment() -> tuple[str | None, ...]:
+    """What routes depend on beside the installed aiter and the question."""
+    return tuple(map(os.environ.get, (*_KNOBS, *_LOSSY)))
+
+
 def routes(installed: Installed, way: Way, question: Question) -> tuple[Kernels, ...]:
     """What aiter runs, for every number of tokens.
 
@@ -193,17 +198,18 @@ def routes(installed: Installed, way: Way, question: Question) -> tuple[Kernels,
         Refused: for some number of them there is no kernel, or one that reads another layout, or that would ignore or
             miscompute something.
     """
-    key = way, question, *map(os.environ.get, (*_KNOBS, *_LOSSY))
-    found: tuple[Kernels, ...] | Refused | None = installed.routes.get(key)
+    key = way, question, *environment()
+    found: tuple[Kernels, ...] | str | None = installed.routes.get(key)
     if found is None:
         try:
             found = _routes(installed, way, question)
         except Refused as refused:
-            found = refused
-        if not isinstance(found, Refused) or found.__cause__ is None:  # else aiter failed, and may not do so again
-            installed.routes[key] = found
-    if isinstance(found, Refused):
-        raise found
+            if refused.__cause__ is not None:  # aiter failed, and may not do so again
+                raise
+            found = str(refused)
+        installed.routes[key] = found
+    if isinstance(found, str):
+        raise Refused(found)
     return found
 
 

@@ -183,6 +183,8 @@ class Installed:
     probed: Probed
     routes: dict[Any, Any] = field(default_factory=dict)
     """What was found out about layers: see `routes.py`."""
+    prepared: dict[Any, Any] = field(default_factory=dict)
+    """What was found out about calls: see `call.py`."""
 
 
 class Unusable(Exception):
