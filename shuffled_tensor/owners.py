@@ -120,6 +120,8 @@ def _extent(data: Tensor) -> tuple[int, int]:
     start = data.data_ptr()
     if data.numel() == 0 or start == 0:
         return 0, 0
+    if data.is_contiguous():
+        return start, start + data.nbytes
     last = sum((size - 1) * stride for size, stride in zip(data.shape, data.stride(), strict=True))
     return start, start + (last + 1) * data.element_size()
 

@@ -9,8 +9,9 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from shuffled_tensor.tensor.validity import State, Validity
 __all__ = ["PackedStorage", "checksum", "locked", "reading"]
 
 _Begun = TypeVar("_Begun")
+
+_BY_CODES: WeakValueDictionary[int, PackedStorage] = WeakValueDictionary()
+"""By the id of the tensor that is its `qdata`, or was."""
 
 
 class PackedStorage:
@@ -104,6 +108,7 @@ class PackedStorage:
         if self.is_real and self._owned != self.qdata.data_ptr():
             owners.register(self, self.validity, self.qdata, self.scale)
             self._owned = self.qdata.data_ptr()
+            _BY_CODES[id(self.qdata)] = self
 
     def share_memory_(self) -> None:
         """Move the bytes to memory that other processes may see."""
@@ -119,16 +124,20 @@ class PackedStorage:
         Raises:
             RuntimeError: they are a weight's, but not whole experts of it.
         """
-        owner = owners.find(qdata)
-        if owner is None:
-            return None
-        storage = owner.storage()
-        if storage is None:  # every tensor over these bytes has died; what was known of them was kept
-            storage = cls(qdata.data, scale.data, geometry)  # they may be parameters
-            storage.validity = owner.record
-            storage.own()
-        experts = storage.experts_of(qdata, scale)
-        if experts is None or storage.geometry.sizes != geometry.sizes:
+        storage = _BY_CODES.get(id(qdata))
+        if storage is not None and storage.qdata is qdata and storage.scale is scale:
+            experts: range | None = storage.experts
+        else:
+            owner = owners.find(qdata)
+            if owner is None:
+                return None
+            storage = owner.storage()
+            if storage is None:  # every tensor over these bytes has died; what was known of them was kept
+                storage = cls(qdata.data, scale.data, geometry)  # they may be parameters
+                storage.validity = owner.record
+                storage.own()
+            experts = storage.experts_of(qdata, scale)
+        if experts is None or not _padded_alike(storage.geometry, geometry):
             raise RuntimeError(
                 f"these bytes are a part of a weight of {storage.geometry}, but no experts of it; clone() them"
             )
@@ -564,6 +573,11 @@ class PackedStorage:
             return checksum(window.shape, (data for expert in experts for data in self.read(expert)))
 
 
+@cache  # every call of a layer asks
+def _padded_alike(one: Geometry, other: Geometry) -> bool:
+    return one.sizes == other.sizes
+
+
 def checksum(shape: tuple[int, ...], parts: Iterable[Tensor]) -> str:
     """SHA-256, in hex, of logical sizes and, expert by expert, row-major logical codes and scales."""
     digest = hashlib.sha256(f"mxfp4 {'x'.join(map(str, shape))}".encode())
@@ -580,7 +594,8 @@ def locked(*storages: PackedStorage) -> Iterator[None]:
         yield
         return
     first, *others = sorted(storages, key=id)
-    with first.lock, locked(*others):  # of nothing but `with` is it sure that no interrupt leaves a lock behind
+    # of nothing but `with` is it sure that no interrupt leaves a lock behind
+    with first.lock, others[0].lock if len(others) == 1 else locked(*others):
         yield
 
 

@@ -99,7 +99,7 @@ class Wrapper(StorageTensor):
     @property
     def is_part_of_experts(self) -> bool:
         """Whether this is a view of some rows or columns, whose bytes have no place of their own in memory."""
-        return not self._storage.whole_rows(self._window)
+        return self._index is not None and not self._storage.whole_rows(self._window)
 
     def _own_bytes(self, part: Part) -> Tensor:
         if self.is_part_of_experts:
@@ -234,16 +234,17 @@ class Wrapper(StorageTensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         # Being flattened for the compiler is a first use: here, and only here, it sees the real bytes.
+        # Dynamo's guards ask twice for each weight in every compiled call.
         storage = self._storage
         storage.check_readable()
-        layout = policy.current.layout_at_first_use(self.device, storage.fixed_layout)
-        if layout is not None and layout is not storage.layout and storage.is_real:
+        layout, validity = policy.current.layout_at_first_use(storage.device, storage.fixed_layout), storage.validity
+        if layout is not None and layout is not validity.layout and storage.is_real:
             storage.convert_layout_(layout)
         # Names, because dynamo's guards compare them.
-        names = storage.layout.name, name_or_none(storage.requested_layout)
-        inner = [f"_{part.name}_around" if self.is_part_of_experts else part.name for part in PARTS]
-        traced = None if storage.is_real else self._traced
-        return inner, (storage.geometry, *names, storage.row_order, self.dtype, *self._window[1:], traced)
+        names = validity.layout.name, name_or_none(storage.requested_layout)
+        inner = ["_qdata_around", "_scale_around"] if self.is_part_of_experts else ["qdata", "scale"]
+        traced = None if self._traced is None or storage.is_real else self._traced
+        return inner, (storage.geometry, *names, validity.row_order, self.dtype, *self._window[1:], traced)
 
     @classmethod
     def __tensor_unflatten__(
