@@ -6,14 +6,15 @@ through it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "implement"]
+__all__ = ["LIBRARY", "implement", "passing_autograd"]
 
 LIBRARY = torch.library.Library("shuffled_tensor", "DEF")
 """Where operators are defined, before they are implemented."""
@@ -30,6 +31,13 @@ def implement(
     torch.library.register_vmap(operator, partial(_no_vmap, layer), lib=LIBRARY)
     if fake is not None:
         torch.library.register_fake(f"shuffled_tensor::{name}", fake, lib=LIBRARY)
+
+
+def passing_autograd() -> AbstractContextManager[None]:
+    """Around a call of an operator: where neither a gradient nor a tangent can be asked for, it goes past what is
+    registered here for Autograd, which would look at each argument for them."""
+    apart = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return nullcontext() if apart else torch._C._AutoDispatchBelowAutograd()
 
 
 def _no_gradient(layer: str) -> NoReturn:
@@ -55,14 +63,15 @@ def _autograd(operator: torch._ops.OpOverload, layer: str) -> Callable[..., Tens
             _no_gradient(layer)
 
     def run(keyset: Any, *args: Any) -> Tensor:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
         # torch's own registration looks for requires_grad alone: a tangent would be dropped without a word
-        if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        if forward_ad._current_level >= 0 and any(  # else no tensor has one, and each would be asked
+            isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+        ):
             raise RuntimeError(
                 f"{layer} has no gradient, in forward mode neither: torch.func.jvp, jacfwd and forward_ad cannot go "
                 "through it; compute with .dequantize() to differentiate"
             )
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             if torch._C._are_functorch_transforms_active():
                 _no_gradient(layer)  # torch.func takes no Function made here
             return NoGradient.apply(keyset, *args)  # type: ignore[no-any-return,no-untyped-call]

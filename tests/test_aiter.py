@@ -432,7 +432,7 @@ def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
             "scale to write": {"w1_scale": w13.scale_view},
             "quant type": {"quant_type": aiter.QuantType.No},
             "block size": {"block_size_M": 32},
-            "local tokens": {"num_local_tokens": torch.tensor([3])},
+            "local tokens": {"num_local_tokens": torch.tensor([3], dtype=torch.int32)},
             "a2 scale": {"a2_scale": w13.scale},
             "pads": {"hidden_pad": 32},
             "activation": {"activation": aiter.ActivationType.Gelu},

@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, explain, fused_moe
 from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
@@ -507,6 +509,60 @@ def test_a_layer_that_a_derivative_does_not_go_through(packed: bool) -> None:
     call = as_packed(layer) if packed else lambda x: fused_moe(**(layer | {"hidden_states": x}))
     found = torch.func.grad(lambda scale: (scale * call(layer["hidden_states"])).sum())(torch.tensor(2.0))
     assert torch.equal(found, call(layer["hidden_states"]).sum())
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("mode", [Seen, SeenFunctions])
+def test_a_mode_sees_the_operator_that_takes_our_tensors(mode: Callable[[], Any]) -> None:
+    layer = small_layer()
+    expected = fused_moe(**layer)
+    with mode() as seen:
+        out = fused_moe(**layer)
+    assert "shuffled_tensor.fused_moe.default" in seen.operators
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_call_is_checked_after_one_that_was_right(packed: bool) -> None:
+    """Nothing that was found right once is taken for right where a shape or a dtype is another one."""
+    layer = small_layer() | {"w13_bias": torch.zeros(3, 128), "expert_mask": torch.ones(3, dtype=torch.int32)}
+    layer |= {"num_local_tokens": torch.tensor([4], dtype=torch.int32), "out_dtype": torch.float32}
+    function: Callable[..., Tensor] = fused_moe
+    if packed:
+        layer, function = packed_arguments(layer), torch.ops.shuffled_tensor.fused_moe_packed
+        layer["out_dtype"] = "float32"
+    function(**layer)
+    wrong: dict[str, Callable[[Tensor], Tensor]] = {
+        "of another dtype": lambda value: value.to(torch.complex64),
+        "of another shape": lambda value: value.repeat(2, *[1] * (value.dim() - 1))[:-1],
+        "on another device": lambda value: value.to("meta"),
+    }
+    for name in ("hidden_states", "topk_weight", "topk_ids", "w13_bias", "expert_mask", "num_local_tokens"):
+        for what, made in wrong.items():
+            if (name, what) in (("expert_mask", "of another shape"), ("num_local_tokens", "of another shape")):
+                continue  # a longer mask, and one number again, are right
+            with pytest.raises((TypeError, ValueError), match="hidden_states|topk|w13_bias|expert_mask|num_local"):
+                function(**layer | {name: made(layer[name])})
+    function(**layer)
 
 
 def test_an_explanation_is_not_written_to() -> None:

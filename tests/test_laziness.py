@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -307,20 +308,32 @@ def test_relayout_of_a_view_made_in_inference_mode() -> None:
     assert torch.equal(weight.dequantize(), make_weight("w13").dequantize())
 
 
-def test_another_thread_lays_weights_out_while_a_call_is_planned(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """What the call says of its bytes is compared with what it must be, not what the weights have become since."""
+@pytest.mark.parametrize("name", ["plan", "_PACKED"])
+def test_another_thread_lays_weights_out_while_a_call_is_made(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """What the call says of its bytes is compared with what it must be, not what the weights have become since: after
+    it was planned, as where a mode is to see it, and where it is lowered at once."""
     expected = fused_moe(**make_layer(device), out_dtype=torch.float32)
-    layer, plan = make_layer(device), op.plan
+    layer, function = make_layer(device), getattr(op, name)
 
-    def interrupted(given: Any) -> Any:
-        planned = plan(given)
-        for name in ("w13", "w2"):
-            layer[name].shuffle_("mxfp4_separated")
-        return planned
+    def relayout() -> None:
+        for weight in (layer["w13"], layer["w2"]):
+            weight.shuffle_("mxfp4_separated")
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if name == "plan":
+            planned = function(*args, **kwargs)
+            relayout()
+            return planned
+        relayout()
+        return function(*args, **kwargs)
 
     with override_arch("gfx950"), fake_aiter("v0.1.18 and later"):
-        monkeypatch.setattr(op, "plan", interrupted)
-        out = fused_moe(**layer, out_dtype=torch.float32)  # no kernel of aiter gives float32: the reference runs
+        monkeypatch.setattr(op, name, interrupted)
+        with torch.device(device) if name == "plan" else nullcontext():
+            out = fused_moe(**layer, out_dtype=torch.float32)  # no kernel of aiter gives float32: the reference runs
+    assert layer["w13"].is_shuffled
     torch.testing.assert_close(out, expected)
 
 

@@ -8,8 +8,9 @@ made from the fields of :class:`MoECall`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
+from functools import cache
 from operator import attrgetter
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -34,10 +35,12 @@ __all__ = [
     "check",
     "check_names",
     "check_types",
+    "dtype_name",
     "pack",
     "schema",
-    "to_operator",
     "unpack",
+    "unpack_checked",
+    "weight_arguments",
 ]
 
 BackendName = Literal["aiter", "reference"]
@@ -144,7 +147,7 @@ class PackedWeight(NamedTuple):
 # --- from and to the arguments of an operator
 
 
-def _dtype_name(dtype: torch.dtype | None) -> str | None:
+def dtype_name(dtype: torch.dtype | None) -> str | None:
     # By name: torch 2.10 and 2.11 hand an operator in an ahead-of-time compiled package another dtype than the one that
     # was exported.
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -217,52 +220,86 @@ def check_types(given: Iterable[tuple[str, Any]]) -> None:
     """Raise what no operator would say as well, for arguments by their names: TypeError for a value of another type,
     ValueError for a name that is none."""
     for name, value in given:
-        type_ = _TYPES[name]
-        if type_ in (_Weight, Tensor) or (type_ == Tensor | None and value is not None):
-            _check_tensor(name, value, weight=type_ is _Weight)
-        elif type_ is bool:
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, found {value!r}")
-        elif type_ == float | None:
-            if value is not None and (isinstance(value, bool) or not isinstance(value, float | int)):
-                raise TypeError(f"{name} must be a number or None, found {value!r}")
-        elif name in _CHOICES and not isinstance(value, str) and (value is not None or type_ is ActivationName):
-            raise ValueError(f"unknown {name} {value!r}; known {name}s: {', '.join(map(repr, _CHOICES[name]))}")
+        check_type, optional = _TYPE_CHECKS[name]
+        if value is not None or not optional:
+            check_type(name, value)
 
 
-def _check_tensor(name: str, value: Any, *, weight: bool) -> None:
-    if weight and isinstance(value, ShuffledMXFP4Tensor):
+def _check_weight(name: str, value: Any) -> None:
+    if not isinstance(value, ShuffledMXFP4Tensor):
+        _check_tensor(name, value, "a ShuffledMXFP4Tensor")
+
+
+def _check_tensor(name: str, value: Any, wanted: str = "a plain tensor") -> None:
+    if type(value) is Tensor:
         return
     if not isinstance(value, Tensor) or isinstance(value, StorageTensor):
-        wanted = "a ShuffledMXFP4Tensor" if weight else "a plain tensor"
         raise TypeError(f"{name} must be {wanted}, found {type(value).__name__}")
     check_plain(name, value)
 
 
-def to_operator(name: str, value: Any) -> Any:
-    """An option as both operators take it."""
-    return _dtype_name(value) if ARGUMENTS.index(name) in _DTYPES else value
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, found {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name} must be a number or None, found {value!r}")
+
+
+def _check_word(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"unknown {name} {value!r}; known {name}s: {', '.join(map(repr, _CHOICES[name]))}")
+
+
+_CHECK_OF: dict[Any, Callable[[str, Any], None]] = {
+    _Weight: _check_weight,
+    Tensor: _check_tensor,
+    bool: _check_bool,
+    float: _check_number,
+    torch.dtype: lambda name, value: None,  # which `dtype_name` says
+}
+
+_TYPE_CHECKS = {
+    name: (
+        _check_word if name in _CHOICES else _CHECK_OF[next(iter(get_args(type_)), type_)],
+        type(None) in get_args(type_),
+    )
+    for name, type_ in _TYPES.items()
+    if name in ARGUMENTS
+}
+"""By the name of an argument: what checks its type, and whether it may be None."""
+
+
+def weight_arguments(
+    qdata: Tensor, scale: Tensor, layout: Layout, geometry: Geometry
+) -> tuple[Tensor, Tensor, str, int, int]:
+    """What a weight is to the operator on plain tensors: as :data:`_WEIGHT` names it."""
+    return qdata, scale, layout.name, geometry.rows, geometry.columns
 
 
 def pack(call: MoECall[PackedWeight]) -> list[Any]:
     """A call as the arguments of the operator on plain tensors."""
     arguments = list(_values(call))
     for place in _DTYPES:
-        arguments[place] = _dtype_name(arguments[place])
+        arguments[place] = dtype_name(arguments[place])
     for place in reversed(_WEIGHTS):
         qdata, scale, layout, geometry, _ = arguments[place]
-        arguments[place : place + 1] = qdata, scale, layout.name, geometry.rows, geometry.columns
+        arguments[place : place + 1] = weight_arguments(qdata, scale, layout, geometry)
     return arguments
 
 
-def unpack(given: Iterable[Any], *, packed: bool) -> MoECall[Any]:
+def unpack(
+    given: Iterable[Any], *, packed: bool, geometry_of: Callable[..., Geometry | None] = Geometry.of_codes
+) -> MoECall[Any]:
     """The call that an operator was given; trailing arguments that have their default may be left out."""
     arguments = list(given)
     if packed:
         for place in _WEIGHTS:
             qdata, scale, layout, rows, columns = arguments[place : place + len(_WEIGHT)]
             gate_up = ARGUMENTS[place] == "w13"
-            geometry = Geometry.of_codes(rows, columns, gate_up, qdata.shape[1:])
+            geometry = geometry_of(rows, columns, gate_up, qdata.shape[1:])
             # of other shapes `check` says what they must be
             geometry, layout = geometry or Geometry(rows, columns, gate_up), find_layout(layout)
             weight = PackedWeight(qdata, scale, layout, geometry, fixed=layout)
@@ -271,6 +308,32 @@ def unpack(given: Iterable[Any], *, packed: bool) -> MoECall[Any]:
         if place < len(arguments):
             arguments[place] = _dtype_of(arguments[place])
     return MoECall(**dict(zip(ARGUMENTS, arguments, strict=False)))
+
+
+_geometry_of = cache(Geometry.of_codes)
+
+_CHECKED: set[tuple[Any, ...]] = set()
+"""Of calls that could be computed, all that :func:`check` looks at."""
+
+_MANY_CALLS = 4096
+"""More than the layers of a model and the numbers of tokens that it is often called with make."""
+
+
+def unpack_checked(given: Sequence[Any]) -> MoECall[PackedWeight]:
+    """The call that the operator on plain tensors was given, none of them a compiler's, after :func:`check`: which
+    depends on nothing else, so that it looks at calls that are alike once.
+
+    Raises:
+        TypeError, ValueError: what no backend could compute.
+    """
+    seen = tuple([(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value for value in given])
+    call: MoECall[PackedWeight] = unpack(given, packed=True, geometry_of=_geometry_of)
+    if seen not in _CHECKED:
+        check(call)
+        if len(_CHECKED) >= _MANY_CALLS:
+            _CHECKED.clear()
+        _CHECKED.add(seen)
+    return call
 
 
 # --- what no backend could compute

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The two operators: ``shuffled_tensor::fused_moe`` takes our tensors and is what users and traced modules call;
-dispatch lowers it to ``shuffled_tensor::fused_moe_packed``, which takes plain tensors and their layouts as arguments,
-so that no compiler can lose them.
+"""The two operators: ``shuffled_tensor::fused_moe`` takes our tensors and is what traced modules call; dispatch lowers
+it to ``shuffled_tensor::fused_moe_packed``, which takes plain tensors and their layouts as arguments, so that no
+compiler can lose them. Where nobody traces, the function that users call lowers at once.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, ParamSpec
 
@@ -22,12 +23,14 @@ from shuffled_tensor.moe.call import (
     check,
     check_names,
     check_types,
+    dtype_name,
     pack,
     schema,
-    to_operator,
     unpack,
+    unpack_checked,
+    weight_arguments,
 )
-from shuffled_tensor.operators import LIBRARY, implement
+from shuffled_tensor.operators import LIBRARY, implement, passing_autograd
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.storage import PackedStorage, reading
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -38,6 +41,8 @@ _P = ParamSpec("_P")
 
 LIBRARY.define(f"fused_moe({schema(packed=False)}) -> Tensor")
 LIBRARY.define(f"fused_moe_packed({schema(packed=True)}) -> Tensor")
+
+_PACKED = torch.ops.shuffled_tensor.fused_moe_packed.default
 
 
 MANY = 1 << 20
@@ -130,9 +135,33 @@ def fused_moe(
     """
     check_names(options)
     check_types((*zip(ARGUMENTS, (hidden_states, w13, w2, topk_weight, topk_ids), strict=False), *options.items()))
-    given = {name: to_operator(name, value) for name, value in options.items()}
-    return torch.ops.shuffled_tensor.fused_moe.default(  # type: ignore[no-any-return]
-        hidden_states, w13, w2, topk_weight, topk_ids, **given
+    if options.get("out_dtype") is not None:
+        options["out_dtype"] = dtype_name(options["out_dtype"])
+    several = ", " in (options.get("backend") or "")  # as compiled code says them, and nobody else may
+    if several or _watched():
+        return torch.ops.shuffled_tensor.fused_moe.default(  # type: ignore[no-any-return]
+            hidden_states, w13, w2, topk_weight, topk_ids, **options
+        )
+    # as `_lower` does it for a compiler, which must also be told now who may take the call
+    hidden_scale = options.get("hidden_scale")
+    gate_up, down = _check_layer(hidden_states, w13, w2, hidden_scale)
+    if options.get("out_dtype") is None:
+        options["out_dtype"] = dtype_name(hidden_states.dtype if hidden_scale is None else w13.dtype)
+    with passing_autograd():
+        return _PACKED(  # type: ignore[no-any-return]
+            hidden_states, *_arguments(gate_up), *_arguments(down), topk_weight, topk_ids, **options
+        )
+
+
+def _arguments(weight: ShuffledMXFP4Tensor) -> tuple[Any, ...]:
+    return weight_arguments(weight.qdata, weight.scale, weight._storage.layout, weight._storage.geometry)
+
+
+def _watched() -> bool:
+    """Whether a compiler or a mode is to see the operator that takes our tensors. Else it would only be lowered, behind
+    all that torch does to reach a tensor subclass."""
+    return bool(
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     )
 
 
@@ -145,7 +174,7 @@ def _lower(*arguments: Any) -> Tensor:
         call, choice = plan(given)
     choice.warn()
     call.backend = ", ".join(choice.candidates)  # type: ignore[assignment]  # several names, not one of a user's
-    return torch.ops.shuffled_tensor.fused_moe_packed(*pack(call))  # type: ignore[no-any-return]
+    return _PACKED(*pack(call))  # type: ignore[no-any-return]
 
 
 def _lay_out(call: MoECall[PackedWeight], choice: Choice, storages: Mapping[str, PackedStorage]) -> bool:
@@ -167,11 +196,7 @@ def plan(given: MoECall[Tensor]) -> tuple[MoECall[PackedWeight], Choice]:
     Raises:
         TypeError, ValueError: as for :func:`fused_moe`.
     """
-    w13, w2 = _check_weights(given.w13, given.w2)
-    columns = w13.shape[2] if given.hidden_scale is None else w13.shape[2] // 2
-    if given.hidden_states.dim() != 2 or given.hidden_states.shape[1] != columns:
-        found = list(given.hidden_states.shape)
-        raise ValueError(f"hidden_states must be [tokens, {columns}] for this w13, found {found}")
+    w13, w2 = _check_layer(given.hidden_states, given.w13, given.w2, given.hidden_scale)
     out_dtype = given.out_dtype or (given.hidden_states.dtype if given.hidden_scale is None else w13.dtype)
     lowered = {"w13": _packed_weight(w13), "w2": _packed_weight(w2), "out_dtype": out_dtype, "backend": None}
     call: MoECall[PackedWeight] = MoECall(**(vars(given) | lowered))
@@ -196,6 +221,16 @@ def _packed_weight(weight: ShuffledMXFP4Tensor) -> PackedWeight:
     storage = weight._storage
     storage.check_readable()
     return PackedWeight(weight.qdata, weight.scale, storage.layout, storage.geometry, storage.fixed_layout)
+
+
+def _check_layer(
+    hidden_states: Tensor, w13: Tensor, w2: Tensor, hidden_scale: Tensor | None
+) -> tuple[ShuffledMXFP4Tensor, ShuffledMXFP4Tensor]:
+    weights = _check_weights(w13, w2)
+    columns = w13.shape[2] if hidden_scale is None else w13.shape[2] // 2
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != columns:
+        raise ValueError(f"hidden_states must be [tokens, {columns}] for this w13, found {list(hidden_states.shape)}")
+    return weights
 
 
 def _check_weights(w13: Tensor, w2: Tensor) -> tuple[ShuffledMXFP4Tensor, ShuffledMXFP4Tensor]:
@@ -229,19 +264,19 @@ def _plain(hidden_states: Tensor, w13: Tensor, w2: Tensor, *args: Any) -> NoRetu
 
 
 def _packed(*args: Any) -> Tensor:
-    call = unpack(args, packed=True)
-    check(call)
+    call = unpack_checked(args)
     found = {
         name: PackedStorage.owner_of(weight.qdata, weight.scale, weight.geometry)
         for name, weight in (("w13", call.w13), ("w2", call.w2))
     }
     owned = {name: owner for name, owner in found.items() if owner is not None}
     storages = [storage for storage, _ in owned.values()]
-    with reading(storages, partial(_begin, call, owned)) as choice:
+    device = call.w13.qdata.device.type
+    # a program that calls this operator itself, such as an exported one, may run where matmuls are cast
+    cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with reading(storages, partial(_begin, call, owned)) as choice, cast:
         choice.warn()
-        # a program that calls this operator itself, such as an exported one, may run where matmuls are cast
-        with torch.autocast(call.w13.qdata.device.type, enabled=False):
-            return choice.run(call)
+        return choice.run(call)
 
 
 def _begin(call: MoECall[PackedWeight], owned: dict[str, tuple[PackedStorage, range]]) -> Choice:
