@@ -4,12 +4,13 @@
 from shuffled_tensor.backends.aiter import Aiter
 from shuffled_tensor.backends.base import BACKENDS, Backend, FirstUse, select
 from shuffled_tensor.backends.reference import Reference
+from shuffled_tensor.backends.triton import Triton
 from shuffled_tensor.moe import op
 from shuffled_tensor.tensor import policy
 
 __all__ = ["BACKENDS", "Backend", "select"]
 
-BACKENDS.update({backend.name: backend for backend in (Aiter(), Reference())})
+BACKENDS.update({backend.name: backend for backend in (Aiter(), Triton(), Reference())})
 
 op.install(select)
 policy.install(FirstUse())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, partial
@@ -19,7 +20,7 @@ from shuffled_tensor.moe.op import Choice, Description
 from shuffled_tensor.tensor.policy import Policy, Reading
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["BACKENDS", "Backend", "FirstUse", "select"]
+__all__ = ["BACKENDS", "Backend", "FirstUse", "select", "unavailable"]
 
 _log = logging.getLogger("shuffled_tensor")
 
@@ -30,7 +31,7 @@ class Backend(ABC):
     name: ClassVar[str]
     arch: ClassVar[str | None] = None
     """The architecture that it is for: there, weights are laid out for it at first use, and any other backend is slow
-    enough to be worth a line in the log. None where it runs on any, as nobody's first choice."""
+    enough to be worth a line in the log. None where it is for no one of them."""
     remedy: ClassVar[str] = ""
     """What to install where it is missing."""
 
@@ -50,8 +51,9 @@ class Backend(ABC):
     def misread(self, call: MoECall[PackedWeight]) -> str | None:
         """Which weight of a call is fixed to a layout that it does not read, or not with the other's; or None."""
         layout = self.layout(call)
-        for name, (*_, geometry, fixed) in (("w13", call.w13), ("w2", call.w2)):
-            if layout is not None and fixed is not None and not fixed.same_bytes(layout, geometry.gate_up):
+        for name, weight in (("w13", call.w13), ("w2", call.w2)):
+            fixed = weight.fixed
+            if layout is not None and fixed is not None and not fixed.same_bytes(layout, weight.geometry.gate_up):
                 read = " or ".join(repr(each.name) for each in self.layouts(call.w13.qdata.device))
                 return (
                     f"{name} is fixed to {fixed.name!r}, and it reads {read}; make both weights without a shuffle_kind"
@@ -86,6 +88,23 @@ BACKENDS: dict[str, Backend] = {}
 """In the order of preference. The last one refuses nothing."""
 
 
+def unavailable(backend: Backend, device: torch.device) -> str | None:
+    """Why nothing runs on a device by this backend, or None.
+
+    ``SHUFFLED_TENSOR_BACKENDS``, names with commas between them, leaves out all others.
+    """
+    named = os.environ.get("SHUFFLED_TENSOR_BACKENDS")
+    if named:
+        names = [name.strip() for name in named.split(",")]
+        for name in names:
+            if name not in BACKENDS:
+                known = ", ".join(map(repr, BACKENDS))
+                raise ValueError(f"SHUFFLED_TENSOR_BACKENDS names {name!r}; known backends: {known}")
+        if backend.name not in names:
+            return f"SHUFFLED_TENSOR_BACKENDS={named} leaves it out"
+    return backend.available(device)
+
+
 def select(call: MoECall[PackedWeight], wanted: Sequence[str] | None) -> Choice:
     """The backend for a call: the first that takes it, of all or of those wanted.
 
@@ -100,7 +119,7 @@ def select(call: MoECall[PackedWeight], wanted: Sequence[str] | None) -> Choice:
     passed_over: dict[str, str] = {}
     for place, name in enumerate(names):
         backend = BACKENDS[name]
-        reason = backend.available(device) or backend.misread(call) or backend.refuse(call)
+        reason = unavailable(backend, device) or backend.misread(call) or backend.refuse(call)
         if reason is None:
             warn = partial(_warn, name, passed_over, device)
             return Choice(name, backend.layout(call), passed_over, names[place:], backend.run, backend.describe, warn)
@@ -126,11 +145,13 @@ class FirstUse(Policy):
     def layout_at_first_use(self, device: torch.device, fixed: Layout | None) -> Layout | None:
         here = arch(device)
         for backend in BACKENDS.values():
-            if backend.arch == here:
-                if fixed is not None:
-                    return fixed
-                if backend.available(device) is None:
-                    return next(iter(backend.layouts(device)), None)
+            if backend.arch not in (None, here):
+                continue
+            layouts = backend.layouts(device) if unavailable(backend, device) is None else ()
+            if fixed is not None and (backend.arch == here or fixed in layouts):
+                return fixed
+            if layouts and fixed is None:
+                return layouts[0]
         return None
 
     def installed(self, device: torch.device) -> dict[str, str]:
@@ -139,7 +160,7 @@ class FirstUse(Policy):
 
     def fingerprint(self, device: torch.device) -> str:
         here = [backend for backend in BACKENDS.values() if backend.arch in (None, arch(device))]
-        found = {backend.name: backend.available(device) or backend.fingerprint() for backend in here}
+        found = {backend.name: unavailable(backend, device) or backend.fingerprint() for backend in here}
         operators = torch.ops.shuffled_tensor  # perhaps of another version of this package
         schemas = [operators.fused_moe_packed.default._schema, operators.linear_mxfp4_packed.default._schema]
         return f"{arch(device)}, {found}, {schemas}"
@@ -148,7 +169,7 @@ class FirstUse(Policy):
         reasons = []
         for backend in BACKENDS.values():
             if backend.arch is not None:
-                reason = backend.available(weight.device)
+                reason = unavailable(backend, weight.device)
                 found = backend.reading(weight, layout) if reason is None else None
                 if found is not None:
                     return found

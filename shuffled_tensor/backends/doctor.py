@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from shuffled_tensor.backends.base import BACKENDS, Backend
+from shuffled_tensor.backends.base import BACKENDS, Backend, unavailable
 from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import LAYOUTS
 
@@ -29,7 +29,7 @@ def doctor() -> str:
 
 
 def _on(backend: Backend, device: torch.device) -> str:
-    reason = backend.available(device)
+    reason = unavailable(backend, device)
     if reason is not None:
         return f"no: {reason}"
     layouts = ", ".join(repr(layout.name) for layout in backend.layouts(device))
@@ -38,7 +38,7 @@ def _on(backend: Backend, device: torch.device) -> str:
 
 def _advice(devices: list[torch.device]) -> str:
     here = [
-        (backend, backend.available(device))
+        (backend, unavailable(backend, device))
         for backend in BACKENDS.values()
         for device in devices
         if backend.arch == arch(device)

@@ -26,8 +26,11 @@ class Activation(NamedTuple):
 
     def __call__(self, gate: Tensor, up: Tensor, **given: float | None) -> Tensor:
         """The intermediate; parameters of other activations are left aside."""
-        named = {name: value for name, value in given.items() if name in self.parameters and value is not None}
-        return self.function(gate, up, **{**self.parameters, **named})
+        return self.function(gate, up, **self.named(given))
+
+    def named(self, given: Mapping[str, float | None]) -> dict[str, float | None]:
+        """All its parameters, in the order of the row: as given, or by default."""
+        return {name: default if given.get(name) is None else given[name] for name, default in self.parameters.items()}
 
 
 def _limited(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -43,7 +43,7 @@ __all__ = [
     "weight_arguments",
 ]
 
-BackendName = Literal["aiter", "reference"]
+BackendName = Literal["aiter", "triton", "reference"]
 
 _HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -133,11 +133,17 @@ class PackedWeight(NamedTuple):
     geometry: Geometry
     fixed: Layout | None
     """The layout that it is in whenever somebody computes with it; None where who computes may choose."""
+    owner: PackedStorage | None = None
+    """Whose experts these are; None of bytes that nobody keeps a record of."""
 
     @classmethod
     def of(cls, storage: PackedStorage, experts: range) -> PackedWeight:
         """Some experts of a storage, as they lie now."""
-        return cls(*storage.select(experts), storage.layout, storage.geometry, storage.fixed_layout)
+        return cls(*storage.select(experts), storage.layout, storage.geometry, storage.fixed_layout, storage)
+
+    def largest_scale(self) -> int:
+        """No scale byte is larger: 255 of bytes that nobody keeps a record of."""
+        return 255 if self.owner is None else self.owner.largest_scale()
 
     def storage(self) -> PackedStorage:
         """To be read in row-major order."""

@@ -235,6 +235,16 @@ class PackedStorage:
         data: Tensor = getattr(self, part.name)
         return data
 
+    def largest_scale(self) -> int:
+        """The largest byte of all scales, which is read from a device once after each write; 255, the largest that there
+        is, where nobody has and a CUDA graph is being captured."""
+        if self.validity.largest_scale is None:
+            if self._on_gpu and torch.cuda.is_current_stream_capturing():
+                return 255
+            with self._outside():
+                self.validity.largest_scale = int(self.scale.max()) if self.scale.numel() else 0
+        return self.validity.largest_scale
+
     def order(self, part: Part) -> Order:
         """How codes, or scales, lie now."""
         return self.layout.order(part, self.geometry.gate_up)

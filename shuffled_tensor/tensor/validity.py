@@ -41,7 +41,7 @@ class Validity:
     =========== ============================ ================================================
     """
 
-    __slots__ = ("_changing", "_reason", "layout", "layout_after_refit", "refit", "row_order", "state")
+    __slots__ = ("_changing", "_reason", "largest_scale", "layout", "layout_after_refit", "refit", "row_order", "state")
 
     def __init__(self, layout: Layout, row_order: RowOrder) -> None:
         self.layout = layout
@@ -53,6 +53,8 @@ class Validity:
         """While a refit is open, or was abandoned or could not be closed: the layout to return to."""
         self.refit: object = None
         """The one that is open, so that each ends its own."""
+        self.largest_scale: int | None = None
+        """Of all scale bytes; None until somebody has looked, since the last write."""
         self._reason: str | None = None
         self._changing = False
 
@@ -101,6 +103,7 @@ class Validity:
 
     def touch(self, what: str) -> None:
         """Just before a byte moves."""
+        self.largest_scale = None
         if self.state is State.VALID:
             self._reason = f"{what} was interrupted"
             self.state = State.INVALID
@@ -122,3 +125,4 @@ class Validity:
     def recover(self) -> None:
         """The bytes are a weight again."""
         self.state, self._reason, self.refit, self.layout_after_refit = State.VALID, None, None, None
+        self.largest_scale = None

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""Kernels in Triton: the layer on any GPU that Triton compiles for, from the bytes as aiter's kernels read them, and
+the moves between layouts."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from shuffled_tensor.backends.base import Backend
+from shuffled_tensor.layouts import LAYOUTS, Layout
+from shuffled_tensor.moe.call import MoECall, PackedWeight
+from shuffled_tensor.moe.op import MANY, Description, Kernels
+
+__all__ = ["Triton"]
+
+_OLDEST = (8, 0)
+"""Compute capability: the first with products of bfloat16."""
+
+
+class Triton(Backend):
+    """Weights become bfloat16 in registers, exactly; activations are bfloat16, and products accumulated in float32.
+
+    Each token's slots are computed apart and added in their order, so that every run gives the same bits. Nothing waits
+    for the device. What the reference raises for wrong data, such as an expert that does not exist, makes the results of
+    its token NaN.
+    """
+
+    name = "triton"
+    remedy = "install triton, of PyTorch's own release"
+
+    def available(self, device: torch.device) -> str | None:
+        if find_spec("triton") is None:
+            return "no triton is installed"
+        if device.type != "cuda":
+            return f"it compiles for GPUs, found {device.type}"
+        return _too_old(device)
+
+    def layouts(self, device: torch.device) -> tuple[Layout, ...]:
+        return LAYOUTS["mxfp4_separated"], LAYOUTS["mxfp4_moe"]
+
+    def refuse(self, call: MoECall[PackedWeight]) -> str | None:
+        if call.hidden_states.dtype is torch.float32 and call.activation_dtype is None:
+            return "it multiplies bfloat16, and hidden_states are float32; activation_dtype='mxfp4' rounds them"
+        if not 0 < len(call.w13.qdata) < 1 << 16:
+            return f"it takes 1 to 65535 experts, found {len(call.w13.qdata)}"
+        return None
+
+    def describe(self, call: MoECall[PackedWeight]) -> Description:
+        rule = call.intermediate_scale_rule
+        activations = "bfloat16" if rule is None else f"mxfp4, {rule}"
+        return Description((Kernels(range(1, MANY + 1), "triton w4a16", activations),), {})
+
+    def run(self, call: MoECall[PackedWeight]) -> Tensor:
+        from shuffled_tensor.backends.triton.layer import run  # not before there is a Triton to import
+
+        return run(call)
+
+    def fingerprint(self) -> str | None:
+        return "not installed" if find_spec("triton") is None else version("triton")
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return None
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= _OLDEST else f"it needs compute capability 8.0 or later, found {found[0]}.{found[1]}"

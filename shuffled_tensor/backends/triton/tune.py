@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""How large the tiles of a call are: a table by what decides it, made by measuring."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Plan", "Tile", "plan"]
+
+
+class Tile(NamedTuple):
+    """Of one stage's programs."""
+
+    rows: int
+    """Of the weight."""
+    columns: int
+    """A step: 128 or 256."""
+    warps: int
+    stages: int
+    parts: int = 1
+    """Programs that share the columns, where there are too few tiles for the GPU."""
+
+
+class Plan(NamedTuple):
+    """Of a call."""
+
+    rows: int
+    """Of a block."""
+    small: int
+    """At most, of a small block; 0 where there are none."""
+    first: Tile
+    second: Tile
+
+
+_ROWS = ((10, 16, 0, 5), (20, 32, 16, 5), (48, 64, 32, 4), (96, 128, 64, 3), (1 << 30, 128, 32, 3))
+"""Up to so many slots an expert: a block's rows, a small one's, and stages."""
+
+_TILES = 264
+"""That fill a GPU: two for each of 132 processors."""
+
+
+def plan(slots: int, experts: int, tiles: tuple[int, int], columns: tuple[int, int]) -> Plan:
+    """For so many slots of experts at hand, and so many tiles of 128 rows and padded columns of either weight."""
+    _, rows, small, stages = next(row for row in _ROWS if slots <= row[0] * experts)
+
+    def tile(count: int, width: int) -> Tile:
+        parts = 1
+        while parts < 8 and min(slots, experts) * count * parts < _TILES and width // 128 % (2 * parts) == 0:
+            parts *= 2
+        return Tile(128, 128, 4, stages, parts)
+
+    return Plan(rows, small, tile(tiles[0], columns[0]), tile(tiles[1], columns[1]))
