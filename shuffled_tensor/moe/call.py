@@ -291,8 +291,7 @@ def pack(call: MoECall[PackedWeight]) -> list[Any]:
     for place in _DTYPES:
         arguments[place] = dtype_name(arguments[place])
     for place in reversed(_WEIGHTS):
-        qdata, scale, layout, geometry, _ = arguments[place]
-        arguments[place : place + 1] = weight_arguments(qdata, scale, layout, geometry)
+        arguments[place : place + 1] = weight_arguments(*arguments[place][:4])
     return arguments
 
 
