@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Who computes a mixture-of-experts layer. To add a backend: a subclass of :class:`Backend`, and its place here."""
 
+from shuffled_tensor import layouts
 from shuffled_tensor.backends.aiter import Aiter
 from shuffled_tensor.backends.base import BACKENDS, Backend, FirstUse, select
 from shuffled_tensor.backends.reference import Reference
+from shuffled_tensor.backends.triton.moves import TritonMover
 from shuffled_tensor.moe import op
 from shuffled_tensor.tensor import policy
 
@@ -13,3 +15,4 @@ BACKENDS.update({backend.name: backend for backend in (Aiter(), Reference())})
 
 op.install(select)
 policy.install(FirstUse())
+layouts.install(TritonMover())

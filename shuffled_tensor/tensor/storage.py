@@ -262,7 +262,8 @@ class PackedStorage:
         with self._outside():
             # what another process may be reading is left as it is, and replaced
             parts = [torch.empty_like(data) if self.is_shared() else data for data in (self.qdata, self.scale)]
-            scratch = self.order(CODES).scratch(parts[0])  # enough for one expert's scales, which are fewer
+            orders = [(by.order(part, self.geometry.gate_up), part) for by in (self.layout, layout) for part in PARTS]
+            scratch = self.qdata.new_empty(max(order.scratch(self.bytes_of(part)) for order, part in orders))
         return partial(self._move, layout, parts, scratch, f"changing its layout from {move}")
 
     def _move(self, layout: Layout, parts: list[Tensor], scratch: Tensor, what: str) -> None:
