@@ -58,8 +58,8 @@ class Unwritten(NamedTuple):
                 part = PARTS[left.index(True)]
                 nan = " (or it holds NaN scales, 255)" if part is SCALES else ""
                 raise RuntimeError(
-                    f"this refit had to write all of the weight, and has not: {part} of expert {expert} are missing"
-                    f"{nan}; write everything in one refit"
+                    f"this refit had to write everything, and has not written all of it: {part} of expert {expert} "
+                    f"are missing{nan}; write everything in one refit"
                 )
 
 
