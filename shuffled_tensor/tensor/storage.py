@@ -344,7 +344,7 @@ class PackedStorage:
                 self.validity.open_refit(refit, before)
                 self.validity.layout = row_major
                 with self._outside():
-                    self._unwritten = Unwritten.fill(self.qdata, self.scale)
+                    self._unwritten = Unwritten.fill(self.geometry, self.qdata, self.scale)
             else:
                 make_row_major = self._permutation(row_major)
                 self.validity.open_refit(refit, before)

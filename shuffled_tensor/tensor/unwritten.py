@@ -35,10 +35,10 @@ class Unwritten(NamedTuple):
     """Two int64, for 16 bytes of codes: random, so that no codes are equal to it."""
 
     @classmethod
-    def fill(cls, qdata: Tensor, scale: Tensor) -> Unwritten:
+    def fill(cls, geometry: Geometry, qdata: Tensor, scale: Tensor) -> Unwritten:
         """Leave it in codes and scales ``[E, padded rows, bytes]``."""
         mark = torch.tensor([*os.urandom(_BLOCK)], dtype=torch.uint8, device=qdata.device).view(torch.int64)
-        _marked(qdata).copy_(mark)
+        _marked(geometry, qdata).copy_(mark)
         scale.fill_(_NAN)
         return cls(mark)
 
@@ -48,9 +48,9 @@ class Unwritten(NamedTuple):
         rows, columns = geometry.shape(SCALES)  # a scale for each block of codes
         halves = 1 if interleaved else geometry.halves
         padded, blocks = geometry.padded_shape(CODES)[0], qdata.shape[-1] // _BLOCK
-        block = torch.arange(0, padded * blocks, _apart(blocks), device=qdata.device)
+        block = torch.arange(0, padded * blocks, _apart(columns, blocks), device=qdata.device)
         logical = (block // blocks % (padded // halves) < rows // halves) & (block % blocks < columns)
-        codes_left = ((_marked(qdata) == self.mark).all(-1) & logical).any(-1)
+        codes_left = ((_marked(geometry, qdata) == self.mark).all(-1) & logical).any(-1)
         scales = scale.unflatten(1, (halves, -1))[:, :, : rows // halves, :columns]
         scales_left = scales.amax((1, 2, 3)) == _NAN
         for expert, left in enumerate(torch.stack([codes_left, scales_left], 1).tolist()):
@@ -63,12 +63,12 @@ class Unwritten(NamedTuple):
                 )
 
 
-def _marked(qdata: Tensor) -> Tensor:
+def _marked(geometry: Geometry, qdata: Tensor) -> Tensor:
     """Of each expert, the blocks that are marked: a view, int64 ``[E, blocks, 2]``."""
     blocks: Tensor = qdata.view(torch.int64).flatten(1).unflatten(1, (-1, 2))
-    return blocks[:, :: _apart(qdata.shape[-1] // _BLOCK)]
+    return blocks[:, :: _apart(geometry.shape(SCALES)[1], qdata.shape[-1] // _BLOCK)]
 
 
-def _apart(blocks: int) -> int:
-    """From mark to mark, in rows of so many blocks: in turn, every column has one."""
-    return next(apart for apart in range(min(_APART, blocks), 0, -1) if math.gcd(apart, blocks) == 1)
+def _apart(logical: int, blocks: int) -> int:
+    """From mark to mark, in rows of so many blocks: no row is without one, and every column has one in turn."""
+    return next(apart for apart in range(min(_APART, logical), 0, -1) if math.gcd(apart, blocks) == 1)
