@@ -84,20 +84,21 @@ class TritonMover(Mover):
 
     def _takes(self, order: Order, data: Tensor, in_place: bool) -> bool:
         return (
-            is_real(data)
-            and data.device.type == "cuda"
+            not torch.compiler.is_compiling()
+            and is_real(data)
             and not _len_torch_dispatch_stack()  # a mode would not see it
             and strips_of(order) is not None
             and _compiles_for(data.device)
             and data.data_ptr() % 16 == 0
-            and not (in_place and torch.cuda.is_current_stream_capturing())  # rounds may have to be brought there
             and (order, data.shape[-1], in_place) not in self._failed
+            # a graph that is captured may not bring rounds to the device
+            and not (in_place and data.is_cuda and torch.cuda.is_current_stream_capturing())
         )
 
 
 @cache
 def _compiles_for(device: torch.device) -> bool:
-    if find_spec("triton") is None:
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
