@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shuffled_tensor import layouts, refit, shuffle_scale, shuffle_weight, unshuffle_weight
 from shuffled_tensor.layouts import LAYOUTS as TABLE
@@ -253,6 +254,13 @@ def test_a_refit_of_everything_moves_bytes_once(kind: str, moved: Moved) -> None
     assert_holds(module.w13, new, kind)
 
 
+class Watching(TorchDispatchMode):
+    """As one that records or meters what torch does, to which a kernel would be nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 def test_what_the_kernels_do_not_know_is_moved_without_them(moved: Moved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TABLE, MADE_UP.name, MADE_UP)
     data = marked(2, 64, 256)
@@ -262,8 +270,11 @@ def test_what_the_kernels_do_not_know_is_moved_without_them(moved: Moved, monkey
     assert torch.equal(shuffle_scale(held, "mxfp4_moe", gate_up=True), expected)
     with FakeTensorMode():
         shuffle_weight(torch.empty(2, 64, 256, dtype=torch.uint8), "mxfp4_moe", gate_up=True)
+    with Watching():
+        shuffle_weight(data, "mxfp4_moe", gate_up=True)
     traced = make_fx(lambda x: shuffle_weight(x, "mxfp4_moe", gate_up=True))(data)
     assert not moved.done
+    assert not moved.mover._failed
     other = marked(2, 64, 256, salt=1)
     assert torch.equal(traced(other), by_formula("weight", other, "mxfp4_moe", True))
 
