@@ -610,6 +610,21 @@ def test_a_refit_that_could_not_be_closed_is_taken_up_by_another(monkeypatch: py
     assert_holds(module.w13, new, "mxfp4_moe")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_given_from_any_memory(layout: str) -> None:
+    """Of which no padding has to be made: at an odd address, transposed, and as they are."""
+    odd, turned, plain = (marked_parts(2, 512, 512, salt=salt) for salt in (1, 2, 3))
+    weight = weight_of(marked_parts(2, 512, 512), layout)
+    for parts, shown in (
+        (odd, lambda part: torch.cat([part.new_zeros(1), part.flatten()])[1:].view(part.shape)),
+        (turned, lambda part: part.mT.contiguous().mT),
+        (plain, Tensor.clone),
+    ):
+        for view, part in zip((weight.qdata_view, weight.scale_view), parts, strict=True):
+            view.copy_(shown(part))
+        assert_holds(weight, parts, layout)
+
+
 # --- a refit of everything
 
 
