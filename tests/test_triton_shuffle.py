@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shuffled_tensor import layouts, refit, shuffle_scale, shuffle_weight, unshuffle_weight
+from shuffled_tensor import ShuffledMXFP4Tensor, layouts, refit, shuffle_scale, shuffle_weight, unshuffle_weight
 from shuffled_tensor.layouts import LAYOUTS as TABLE
 from shuffled_tensor.layouts import Order
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES
 
 from .support.bytes import coded, marked, marked_parts, weight_of
-from .support.judges import assert_holds, by_formula
+from .support.judges import assert_holds, by_formula, in_memory
 from .support.made_up import MADE_UP
 
 moves = pytest.importorskip("shuffled_tensor.backends.triton.moves")
@@ -189,7 +189,9 @@ class Moved:
 
 
 @pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> Moved:
+def moved(device: str, monkeypatch: pytest.MonkeyPatch) -> Moved:
+    if device != "cpu":
+        pytest.skip("only the interpreter moves bytes of a CPU")
     return Moved(monkeypatch)
 
 
@@ -299,6 +301,64 @@ def test_a_kernel_that_fails_is_said_once_and_does_without(
 
 
 # --- on GPUs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_shuffles_what_is_there_when_it_is_replayed(kind: str, device: str) -> None:
+    """On the stream that is current; in place it goes by way of scratch, without rounds."""
+    if device == "cpu":
+        pytest.skip("there are no graphs on a CPU")
+    data = [marked(2, 512, 256, salt=salt).to(device) for salt in range(2)]
+    given, out = data[0].clone(), torch.empty_like(data[0])
+    in_place = data[0].clone()
+
+    def run() -> None:
+        shuffle_weight(given, kind, gate_up=True, out=out)
+        shuffle_weight(in_place, kind, gate_up=True, out=in_place)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for values in data:
+        given.copy_(values)
+        in_place.copy_(values)
+        graph.replay()
+        expected = by_formula("weight", values.cpu(), kind, True).to(device)
+        assert torch.equal(out, expected)
+        assert torch.equal(in_place, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lives_of_weights_on_a_gpu(kind: str, device: str) -> None:
+    """Through whatever moves bytes on this device: first use, refits, bytes given, and back."""
+    parts = [tuple(part.to(device) for part in marked_parts(5, 768, 2880, salt=salt)) for salt in range(4)]
+    weight = ShuffledMXFP4Tensor(*(part.clone() for part in parts[0]), gate_up=True, row_order="contiguous", align=32)
+    module = nn.Module()
+    module.w13 = nn.Parameter(weight.shuffle_(kind))
+
+    def check(expected: tuple[Tensor, ...]) -> None:
+        assert module.w13.shuffle_kind == kind
+        for view, part in zip((module.w13.qdata_view, module.w13.scale_view), expected, strict=True):
+            assert torch.equal(view.clone(), part)
+
+    check(parts[0])
+    for whole in (False, True):
+        with refit(module, whole=whole):
+            module.w13.qdata[:, :, :1440].copy_(parts[1 + whole][0])
+            module.w13.scale[:, :768, :90].copy_(parts[1 + whole][1])
+        check(parts[1 + whole])
+    module.w13.qdata_view.copy_(parts[3][0])
+    module.w13.scale_view.copy_(parts[3][1])
+    check(parts[3])
+    codes, scale = (part.cpu() for part in parts[3])
+    placed = in_memory((codes, scale), kind, gate_up=True, align=(32, 32))
+    for found, expected in zip((module.w13.qdata, module.w13.scale), placed, strict=True):
+        assert torch.equal(found.cpu(), expected)
+    module.w13.unshuffle_()
+    assert torch.equal(module.w13.qdata_view.clone(), parts[3][0])
+
 
 COMPILE = '''
 import re, sys
