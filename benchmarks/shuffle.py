@@ -2,7 +2,7 @@
 """What shuffling costs: our out-of-place and in-place forms, against `clone` of the same bytes and against the
 byte-wise permute that engines run today.
 
-    python benchmarks/shuffle.py [--device cpu|cuda] [--experts E] [--rows N] [--k K]
+    python benchmarks/shuffle.py [--device cpu|cuda] [--experts E] [--rows N] [--k K] [--down] [--torch]
 
 All figures of one table come from one run. Bandwidth counts the payload once read and once written, so that every row
 moves "the same bytes".
@@ -15,19 +15,23 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shuffled_tensor import shuffle_scale, shuffle_weight
+from shuffled_tensor import layouts, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
 
 KINDS = ("mxfp4_separated", "mxfp4_moe")
 
+FUNCTIONS = {"weight": (shuffle_weight, unshuffle_weight), "scale": (shuffle_scale, unshuffle_scale)}
 
-def bytewise(data: Tensor, kind: str, part: str) -> Tensor:
+
+def bytewise(data: Tensor, kind: str, part: str, gate_up: bool) -> Tensor:
     """The permute that aiter's own functions do: the same order, moved one byte at a time."""
     experts, rows, columns = data.shape
+    kind = kind if gate_up else "mxfp4_separated"
     if part == "weight" and kind == "mxfp4_separated":
         view = data.view(experts, rows // 16, 16, columns // 16, 16).permute(0, 1, 3, 2, 4)
     elif part == "weight":
@@ -81,9 +85,10 @@ def _status_kib(field: str) -> int:
     )
 
 
-def table(part: str, data: Tensor, shuffle: Callable[..., Tensor], device: str, repeats: int) -> None:
+def table(part: str, data: Tensor, gate_up: bool, device: str, repeats: int) -> None:
     print(f"\n{part} {list(data.shape)}, {data.nbytes / 2**20:.0f} MiB, one expert {data[0].nbytes / 2**20:.1f} MiB")
-    print(f"{'':34}{'ms':>9}{'GB/s':>9}{'of clone':>10}{'of byte-wise':>14}{'peak extra MiB':>16}")
+    print(f"{'':36}{'ms':>9}{'GB/s':>9}{'of clone':>10}{'of byte-wise':>14}{'peak extra MiB':>16}")
+    shuffle, unshuffle = FUNCTIONS[part]
     clone = seconds(data.clone, device, repeats)
 
     def row(name: str, run: Callable[[], object], against: float | None) -> float:
@@ -91,35 +96,43 @@ def table(part: str, data: Tensor, shuffle: Callable[..., Tensor], device: str, 
         ratio = f"{against / time_:13.2f}x" if against else f"{'':>14}"
         milliseconds, bandwidth = time_ * 1e3, 2 * data.nbytes / time_ / 1e9
         extra = peak_extra_mib(run, device)
-        print(f"{name:34}{milliseconds:9.3f}{bandwidth:9.0f}{clone / time_:9.2f}x{ratio}{extra:16.1f}")
+        print(f"{name:36}{milliseconds:9.3f}{bandwidth:9.0f}{clone / time_:9.2f}x{ratio}{extra:16.1f}")
         return time_
 
     row("clone", data.clone, None)
     for kind in KINDS:
-        assert torch.equal(shuffle(data, kind, gate_up=True), bytewise(data, kind, part))
-        reference = row(f"byte-wise permute, {kind}", lambda kind=kind: bytewise(data, kind, part), None)
-        row(f"shuffle, {kind}", lambda kind=kind: shuffle(data, kind, gate_up=True), reference)
+        shuffled = shuffle(data, kind, gate_up=gate_up)
+        assert torch.equal(shuffled, bytewise(data, kind, part, gate_up))
+        assert torch.equal(unshuffle(shuffled, kind, gate_up=gate_up), data)
+        for function in (shuffle, unshuffle):  # in place, too, before it is timed
+            given, expected = (data, shuffled) if function is shuffle else (shuffled, data)
+            given = given.clone()
+            function(given, kind, gate_up=gate_up, out=given)
+            assert torch.equal(given, expected)
+        reference = row(f"byte-wise permute, {kind}", partial(bytewise, data, kind, part, gate_up), None)
         scratch = data.clone()
-        row(
-            f"shuffle in place, {kind}",
-            lambda kind=kind, scratch=scratch: shuffle(scratch, kind, gate_up=True, out=scratch),
-            reference,
-        )
+        for name, function in (("shuffle", shuffle), ("unshuffle", unshuffle)):
+            row(f"{name}, {kind}", partial(function, data, kind, gate_up=gate_up), reference)
+            row(f"{name} in place, {kind}", partial(function, scratch, kind, gate_up=gate_up, out=scratch), reference)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--experts", type=int)
-    parser.add_argument("--rows", type=int, default=4096, help="N of one gate-up weight")
+    parser.add_argument("--rows", type=int, default=4096, help="N of one weight")
     parser.add_argument("--k", type=int, default=7168)
+    parser.add_argument("--down", action="store_true", help="a weight without gate and up")
+    parser.add_argument("--torch", action="store_true", help="without the kernels, as where there is no Triton")
     options = parser.parse_args()
+    if options.torch:
+        layouts.install(layouts.Mover())
     experts = options.experts or (32 if options.device == "cuda" else 4)
     repeats = 50 if options.device == "cuda" else 9
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__} on {name}")
     generator = torch.Generator(options.device).manual_seed(0)
-    for part, shuffle, per_byte in (("weight", shuffle_weight, 2), ("scale", shuffle_scale, 32)):
+    for part, per_byte in (("weight", 2), ("scale", 32)):
         data = torch.randint(
             256,
             (experts, options.rows, options.k // per_byte),
@@ -127,7 +140,7 @@ def main() -> None:
             device=options.device,
             generator=generator,
         )
-        table(part, data, shuffle, options.device, repeats)
+        table(part, data, not options.down, options.device, repeats)
 
 
 if __name__ == "__main__":

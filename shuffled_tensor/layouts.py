@@ -29,8 +29,10 @@ __all__ = [
     "ROW_MAJOR",
     "ROW_ORDERS",
     "Layout",
+    "Mover",
     "check_gate_up",
     "find_layout",
+    "install",
     "layout_or_none",
     "name_or_none",
     "shuffle_scale",
@@ -47,6 +49,32 @@ _IN_PLACE_SCRATCH = {"cpu": 8 << 20}
 
 _VECTOR = 16
 """Bytes. A CPU that copies fewer of them at a stretch spends its time entering loops."""
+
+
+class Mover:
+    """What brings bytes into an order faster than torch's own copies do. This one moves none."""
+
+    def scratch(self, order: Order, data: Tensor) -> int | None:
+        """Bytes of scratch for moving uint8 ``[E, N, bytes]`` in place, either way; None where it cannot."""
+        return None
+
+    def move(self, order: Order, source: Tensor, target: Tensor, held: Tensor | None, *, inverse: bool) -> bool:
+        """Write ``target`` from ``source``, in place where there is scratch for that, ``held``.
+
+        Returns:
+            False where it cannot; nothing has been written then.
+        """
+        return False
+
+
+_mover = Mover()
+
+
+def install(mover: Mover) -> None:
+    """Have this one tried first from now on."""
+    global _mover
+    _mover = mover
+
 
 _SIZES = {"g": 2, "r": 16, "h": 2, "t": 2, "q": 4}
 
@@ -100,18 +128,27 @@ class Order:
         tile = math.prod(dict(self.sizes)[axis] for axis in self._axes[1] if axis != "c")
         return tile * self.part.element.itemsize * self.part.per_byte
 
+    @property
+    def _is_row_major(self) -> bool:
+        rows, columns, memory = self._axes
+        return memory == rows + columns  # nothing changes its place
+
     def shuffle(self, data: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
-        """From row-major uint8 ``[E, N, bytes]`` into this order; in place, by way of :meth:`scratch`, where ``out`` is
-        the memory of ``data``."""
+        """From row-major uint8 ``[E, N, bytes]`` into this order; in place where ``out`` is the memory of ``data``, by
+        way of flat uint8 ``scratch``, at least what :meth:`scratch` says, or of some that is made."""
         return self._move(data, out, scratch, inverse=False)
 
     def unshuffle(self, data: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """The inverse of :meth:`shuffle`."""
         return self._move(data, out, scratch, inverse=True)
 
-    def scratch(self, data: Tensor) -> Tensor:
-        """What moving uint8 ``[E, N, bytes]`` in place needs, flat: the bytes of as many experts as go at a time."""
-        return data.new_empty(self._at_a_time(data) * data[:1].numel())
+    def scratch(self, data: Tensor) -> int:
+        """Bytes that moving uint8 ``[E, N, bytes]`` in place needs: as many experts as go at a time, where that is done
+        by way of scratch."""
+        if self._is_row_major:
+            return 0
+        needed = _mover.scratch(self, data)
+        return self._at_a_time(data) * data[:1].numel() if needed is None else needed
 
     def _at_a_time(self, data: Tensor) -> int:
         limit = _IN_PLACE_SCRATCH.get(data.device.type, MAX_SCRATCH)
@@ -140,27 +177,32 @@ class Order:
 
     def _move(self, data: Tensor, out: Tensor | None, scratch: Tensor | None, *, inverse: bool) -> Tensor:
         in_place = out is not None and same_memory(data, out)
-        rows, columns, memory = self._axes
-        if memory == rows + columns:  # nothing changes its place
+        if self._is_row_major:
             return data if in_place else data.clone() if out is None else out.copy_(data)
         if out is None:
             out = torch.empty_like(data, memory_format=torch.contiguous_format)
         if data.numel() == 0:
             return out
-        source, target = (tensor.view(self.part.element) for tensor in (data, out))
         if not in_place:
-            self._permute(source, target, inverse)
+            self._permute(data, out, inverse)
             return out
-        scratch = self.scratch(data) if scratch is None else scratch
+        scratch = data.new_empty(self.scratch(data)) if scratch is None else scratch
+        if _mover.move(self, out, out, scratch, inverse=inverse):
+            return out
         each = data[0].numel()
+        if len(scratch) < each:  # it was asked for before the mover was found unable
+            scratch = data.new_empty(each)
         some = min(self._at_a_time(data), len(scratch) // each)  # it may have been taken for larger experts, or fewer
-        free = scratch[: some * each].view(some, *data.shape[1:]).view(self.part.element)
-        for start in range(0, len(target), len(free)):
-            chunk = target[start : start + len(free)]
+        free = scratch[: some * each].view(some, *data.shape[1:])
+        for start in range(0, len(out), some):
+            chunk = out[start : start + some]
             self._permute(free[: len(chunk)].copy_(chunk), chunk, inverse)
         return out
 
     def _permute(self, source: Tensor, target: Tensor, inverse: bool) -> None:
+        if _mover.move(self, source, target, None, inverse=inverse):
+            return
+        source, target = (tensor.view(self.part.element) for tensor in (source, target))
         rows, columns, memory = self._axes
         sizes = {axis: size for axis, size in self.sizes if axis in rows + columns}
         tiled = rearrange(target if inverse else source, self.pattern, **sizes)  # a view: axes are split and permuted

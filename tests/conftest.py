@@ -13,8 +13,12 @@ from .support import bytes as test_bytes
 from .support.made_up import MADE_UP
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Processes that tests start import the package from here too, wherever they run and whatever is installed."""
+    if (
+        config.getoption("--device") == "cpu"
+    ):  # kernels run in Triton's interpreter, which is chosen when it is imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
 

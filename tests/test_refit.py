@@ -608,3 +608,61 @@ def test_a_refit_that_could_not_be_closed_is_taken_up_by_another(monkeypatch: py
     with refit(module):
         poke_weight(module.w13, new)
     assert_holds(module.w13, new, "mxfp4_moe")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_given_from_any_memory(layout: str) -> None:
+    """Of which no padding has to be made: at an odd address, transposed, and as they are."""
+    odd, turned, plain = (marked_parts(2, 512, 512, salt=salt) for salt in (1, 2, 3))
+    weight = weight_of(marked_parts(2, 512, 512), layout)
+    for parts, shown in (
+        (odd, lambda part: torch.cat([part.new_zeros(1), part.flatten()])[1:].view(part.shape)),
+        (turned, lambda part: part.mT.contiguous().mT),
+        (plain, Tensor.clone),
+    ):
+        for view, part in zip((weight.qdata_view, weight.scale_view), parts, strict=True):
+            view.copy_(shown(part))
+        assert_holds(weight, parts, layout)
+
+
+# --- a refit of everything
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("row_order", ["contiguous", "interleaved"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 512, 2048), (2, 544, 32)], ids=str)
+def test_a_refit_of_everything(shape: tuple[int, int, int], row_order: str, layout: str) -> None:
+    """Whatever has been left, it says so, and the weight can be used when another has written all of it."""
+    new = marked_parts(*shape, salt=1)
+    weight = weight_of(marked_parts(*shape), layout)
+    rows, columns, each = shape[1], shape[2], weight.qdata.shape[1] // 2
+    at = torch.arange(rows)  # of each row that is brought
+    gates, ups = at[: rows // 2], at[rows // 2 :]
+    brought = torch.stack([gates, ups], 1).flatten() if row_order == "interleaved" else at
+    place = at if row_order == "interleaved" else torch.cat([gates, gates + each])
+
+    def write(left_out: tuple[int, Any]) -> None:
+        with refit(module_with(weight), whole=True, row_order=row_order):
+            for part, (own, values) in enumerate(zip((weight.qdata, weight.scale), new, strict=True)):
+                before = own.clone()
+                own[:, place, : values.shape[-1]] = values[:, brought]
+                if left_out[0] == part:
+                    own[left_out[1]] = before[left_out[1]]
+
+    write((2, ...))
+    assert_holds(weight, new, layout)
+    some = slice(0, min(61, rows // 2))
+    left: list[tuple[int, Any]] = [
+        (0, (-1,)),  # an expert
+        (0, (0, place[-1], slice(0, columns // 2))),  # the last row
+        (0, (0, some, slice(columns // 2 - 16, columns // 2))),  # the last columns of some rows
+        (0, (0, place[1], slice(0, 61 * 16))),  # the beginning of a row
+        (1, (0, place[-1], columns // 32 - 1)),  # one scale
+    ]
+    for part, chosen in left:
+        with pytest.raises(RuntimeError, match=f"written all of it: {('qdata', 'scale')[part]} of expert"):
+            write((part, chosen))
+        with pytest.raises(RuntimeError, match="this weight cannot be used"):
+            weight.dequantize()
+    write((2, ...))
+    assert_holds(weight, new, layout)

@@ -350,16 +350,18 @@ def test_no_memory_for_scratch(first: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_scratch_serves_codes_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the bound that is documented, or of one expert's codes; also where several experts go through it in turn."""
     parts = marked_parts(*SMALL)
-    weight, taken, scratch = weight_of(parts), [], Order.scratch
+    weight, taken, shuffle = weight_of(parts), [], Order.shuffle
     monkeypatch.setitem(layouts._IN_PLACE_SCRATCH, "cpu", 1)  # one expert
 
-    def counting(self: Order, data: Tensor) -> Tensor:
-        taken.append(scratch(self, data))
-        return taken[-1]
+    def watched(self: Order, data: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+        taken.append(scratch)
+        return shuffle(self, data, out, scratch)
 
-    monkeypatch.setattr(Order, "scratch", counting)
+    monkeypatch.setattr(Order, "shuffle", watched)
     weight.shuffle_("mxfp4_moe")
-    assert [data.nbytes for data in taken] == [weight.qdata[0].nbytes]
+    codes, scales = taken
+    assert codes is scales
+    assert codes.nbytes == weight.qdata[0].nbytes
     assert_holds(weight, parts, "mxfp4_moe")
 
 

@@ -268,6 +268,8 @@ def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
                 storage.touch()
                 for own, other in zip(bytes_of(self), bytes_of(source), strict=True):
                     own.copy_(other, non_blocking)
+            elif (plain := source._storage.plain(source._window)) is not None:
+                storage.write(window, *plain)
             else:
                 for place, experts in storage.chunks(window.experts):
                     part = source._window._replace(experts=source._window.experts[place])

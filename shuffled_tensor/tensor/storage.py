@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import mxfp4, owners
 from shuffled_tensor.layouts import ROW_MAJOR, ROW_ORDERS, Layout, Order, expert_chunks, round_up
-from shuffled_tensor.mxfp4 import CODES, PARTS, Part
+from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window, slice_of
 from shuffled_tensor.tensor.unwritten import Unwritten
@@ -281,7 +281,8 @@ class PackedStorage:
         with self._outside():
             # what another process may be reading is left as it is, and replaced
             parts = [torch.empty_like(data) if self.is_shared() else data for data in (self.qdata, self.scale)]
-            scratch = self.order(CODES).scratch(parts[0])  # enough for one expert's scales, which are fewer
+            orders = [(by.order(part, self.geometry.gate_up), part) for by in (self.layout, layout) for part in PARTS]
+            scratch = self.qdata.new_empty(max(order.scratch(self.bytes_of(part)) for order, part in orders))
         return partial(self._move, layout, parts, scratch, f"changing its layout from {move}")
 
     def _move(self, layout: Layout, parts: list[Tensor], scratch: Tensor, what: str) -> None:
@@ -348,20 +349,21 @@ class PackedStorage:
                 "them with copy_ or load_state_dict"
             )
 
-    def open_refit(self, refit: object, row_order: RowOrder | None) -> None:
+    def open_refit(self, refit: object, row_order: RowOrder | None, whole: bool = False) -> None:
         """Make the bytes row-major, where they are, for others to write; until the refit ends they are no weight.
 
-        Where they are none already, as after a refit that ended early, this one must write everything.
+        A refit that is to write the ``whole`` finds no bytes of a weight. So does one of bytes that are none already,
+        as after a refit that ended early.
         """
         with self.lock:
             self.check_refit(row_order)
             before, row_major = self.layout, self.row_major(row_order)
-            if self.validity.state is State.INVALID:
+            if whole or self.validity.state is State.INVALID:
                 self._fence()
                 self.validity.open_refit(refit, before)
                 self.validity.layout = row_major
                 with self._outside():
-                    self._unwritten = Unwritten.fill(self.qdata, self.scale)
+                    self._unwritten = Unwritten.fill(self.geometry, self.qdata, self.scale)
             else:
                 make_row_major = self._permutation(row_major)
                 self.validity.open_refit(refit, before)
@@ -376,10 +378,10 @@ class PackedStorage:
         """
         with self.lock:
             self._synchronize()
-            self._part_rows()
             if self._unwritten is not None:
+                interleaved = self.layout is not ROW_MAJOR
                 with self._outside():
-                    self._unwritten.check(self.geometry, self.qdata, self.scale)
+                    self._unwritten.check(self.geometry, self.qdata, self.scale, interleaved=interleaved)
             self._recover()
 
     def assume(self, layout: Layout) -> None:
@@ -412,12 +414,14 @@ class PackedStorage:
             raise RuntimeError("a weight that has bytes is not written under FakeTensorMode, where values have none")
         # bytes made in inference mode are written in it, wherever the writer is
         with self.lock, torch.no_grad(), self._made_in():
-            self._fence()
             with self.validity.changing() as outermost:
+                if outermost:
+                    self._fence()
                 yield
-            if whole and outermost and self.validity.state is State.INVALID:
-                self._recover()
-            self._synchronize()
+            if outermost:
+                if whole and self.validity.state is State.INVALID:
+                    self._recover()
+                self._synchronize()
 
     def _recover(self) -> None:
         """The bytes are a weight in `layout` again; bring them into the one that they should have."""
@@ -536,6 +540,9 @@ class PackedStorage:
     def _write_part(self, part: Part, window: Window, values: Tensor, interleaved: bool) -> None:
         put = partial(self.geometry.put, interleaved=interleaved)
         geometry, order, own = self.geometry, self.order(part), self.bytes_of(part)
+        if self._unpadded(window) and not interleaved and values.is_contiguous() and not values.storage_offset() % 16:
+            self._lay_out(order, values, own[slice_of(window.experts)])
+            return
         for place, experts in self.chunks(window.experts):
             target = own[slice_of(experts)]
             if self.layout is ROW_MAJOR:
@@ -543,16 +550,31 @@ class PackedStorage:
                 put(part, target, values[place], window.rows, window.columns)
                 geometry.rewrite_pads(part, target)  # whoever had the memory before may have changed them
             elif self.whole_rows(window):
-                laid_out = order.shuffle(geometry.pad(part, values[place], interleaved=interleaved))
-                self.touch()
-                target.copy_(laid_out)
+                self._lay_out(order, geometry.pad(part, values[place], interleaved=interleaved), target)
             else:  # what is not written stays, but for pads
                 around = order.unshuffle(target.contiguous())
                 put(part, around, values[place], window.rows, window.columns)
                 geometry.rewrite_pads(part, around)
-                laid_out = order.shuffle(around)
-                self.touch()
-                target.copy_(laid_out)
+                self._lay_out(order, around, target)
+
+    def _lay_out(self, order: Order, row_major: Tensor, target: Tensor) -> None:
+        """Write over whole experts."""
+        if target.is_contiguous() and self.is_real:
+            self.touch()
+            order.shuffle(row_major, out=target)
+        else:
+            laid_out = order.shuffle(row_major)
+            self.touch()
+            target.copy_(laid_out)
+
+    def _unpadded(self, window: Window) -> bool:
+        """Whether a window shows whole experts, and these have no padding."""
+        alike = all(self.geometry.shape(part) == self.geometry.padded_shape(part) for part in PARTS)
+        return alike and self.whole_rows(window)
+
+    def plain(self, window: Window) -> tuple[Tensor, Tensor] | None:
+        """Codes and scales as :meth:`read` gives them, without a copy, where they lie so."""
+        return self.select(window.experts) if self.layout is ROW_MAJOR and self._unpadded(window) else None
 
     def _rewrite_pads(self) -> None:
         """Of row-major bytes, which somebody else wrote."""
