@@ -65,12 +65,15 @@ def _float32_bits(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
-# A value between two magnitudes goes to the nearer one, and from the midpoint to the even code. `bucketize` sends an
-# exact boundary down, so where the even code is the upper one the boundary is the float32 just below the midpoint.
-# Positive floats are ordered as their bits are. (No tensor is made here: an import may run under any mode of torch.)
+# A value between two magnitudes goes to the nearer one, and from the midpoint to the even code. A code is the number of
+# boundaries that a value is above, so where the even code is the upper one the boundary is the float32 just below the
+# midpoint. Positive floats are ordered as their bits are. (No tensor is made here: an import may run under any mode of
+# torch.)
 _BOUNDARIES = tuple(
     _float32_bits((low + high) / 2) - code % 2 for code, (low, high) in enumerate(pairwise(_MAGNITUDES))
 )
+
+_BLOCKS_A_CORE = 1 << 11  # 256 KiB a tensor of their float32 bits
 
 ScaleRule = Literal["floor", "even", "round_up", "amax4"]
 
@@ -111,21 +114,33 @@ def quantize(values: Tensor, *, scale_rule: ScaleRule = "even") -> tuple[Tensor,
         ValueError: K is not a multiple of 32, or the rule is unknown.
     """
     check_quantizable(values, scale_rule)
+    *rows, columns = values.shape
+    blocks = values.reshape(-1, BLOCK)
+    # on a CPU, as many at a time as stay in the caches of its cores; a GPU wants few launches, a compiler no loop
+    chunked = values.device.type == "cpu" and owners.is_real(values) and not torch.compiler.is_compiling()
+    chunks = blocks.split(_BLOCKS_A_CORE * torch.get_num_threads()) if chunked else (blocks,)
+    qdata, scale = map(torch.cat, zip(*(_quantize(chunk, scale_rule) for chunk in chunks), strict=True))
+    return qdata.view(*rows, columns // CODES.per_byte), scale.view(*rows, columns // BLOCK)
+
+
+def _quantize(blocks: Tensor, scale_rule: ScaleRule) -> tuple[Tensor, Tensor]:
+    """Codes ``[blocks, 16]`` and scales ``[blocks]`` of values ``[blocks, 32]``."""
     # On bits throughout: subnormal numbers are zero to arithmetic under torch.set_flush_denormal.
-    bits = _bits(values).unflatten(-1, (values.shape[-1] // BLOCK, BLOCK))
+    bits = _bits(blocks).contiguous()
     magnitude = bits & 0x7FFFFFFF
     amax = magnitude.amax(-1)
     exponent = _SCALE_RULES[scale_rule](amax).clamp(0, 254)
     scale = torch.where(amax < _INFINITY, exponent, 255).to(torch.uint8)
-    # a subnormal gets the exponent that it would have if float32 had smaller ones; and zero, that of the smallest
-    magnitude = magnitude.clamp(min=1)
-    normal = torch.where(magnitude < _NORMAL, _bits(magnitude.float()) - (149 << 23), magnitude)
-    boundaries = torch.tensor(_BOUNDARIES, dtype=torch.int32, device=values.device)
+    # A subnormal gets the exponent that it would have if float32 had smaller ones; and zero, that of the smallest. What
+    # is normal is added to the smallest normal number.
+    below, above = magnitude.clamp(1, _NORMAL), magnitude.clamp(min=_NORMAL)
+    normal = _bits(below.float()) - (149 << 23) + (above - _NORMAL)
     scaled = normal - ((exponent - 127) << 23).unsqueeze(-1)
-    codes = torch.bucketize(scaled, boundaries, out_int32=True).to(torch.uint8)
-    codes |= (bits >> 28 & 8).to(torch.uint8)  # the sign
-    codes = codes.flatten(-2)
-    return codes[..., ::2] | (codes[..., 1::2] << 4), scale
+    codes = (bits >> 28 & 8).to(torch.uint8)  # the sign
+    for boundary in _BOUNDARIES:
+        codes += scaled > boundary
+    pairs = codes.view(torch.int16)  # the even column is the low byte
+    return (pairs | pairs >> 4).to(torch.uint8), scale
 
 
 def check_quantizable(values: Tensor, scale_rule: str) -> None:
