@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import owners
 
@@ -176,9 +177,10 @@ def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     if dtype not in LOGICAL_DTYPES:
         raise TypeError(f"dequantize gives {', '.join(map(str, LOGICAL_DTYPES))}, found dtype={dtype!r}")
     place = codes.int().unflatten(-1, (exponents.shape[-1], BLOCK // CODES.per_byte))
-    pairs = _values_of_bytes(dtype, qdata.device)
-    values: Tensor = torch.nn.functional.embedding(place + (exponents.int() << 8).unsqueeze(-1), pairs)
-    return values.flatten(-3)
+    place = place.add_((exponents.int() << 8).unsqueeze(-1)).flatten(-2).long()
+    real = owners.is_real(codes) and not torch.compiler.is_compiling()
+    pairs = _kept_pairs(dtype, codes.device) if real else _pairs_of_bytes(dtype, codes.device)
+    return pairs.expand(*place.shape[:-1], -1).gather(-1, place).view(dtype)
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -205,8 +207,27 @@ def _as_bytes(qdata: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return qdata.view(torch.uint8), scale.view(torch.uint8)
 
 
+_PAIRS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _kept_pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`_pairs_of_bytes`, made once, whatever mode of torch the first caller is in."""
+    pairs = _PAIRS.get((dtype, device))
+    if pairs is None:
+        with _disable_current_modes(), torch.inference_mode(False):
+            # copied from a CPU, which is waited for: whoever reads it, on whatever stream, finds it written
+            pairs = _PAIRS[dtype, device] = _pairs_of_bytes(dtype, torch.device("cpu")).to(device)
+    return pairs
+
+
+def _pairs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[256 scales * 256 bytes]``: what each byte of two codes is under each scale, both values in one word."""
+    word = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
+    return _values_of_bytes(dtype, device).view(word).flatten()
+
+
 def _values_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[256 scales * 256 bytes, 2]``: what each byte of two codes is under each scale."""
+    """``[256 scales * 256 bytes, 2]``."""
     codes = torch.tensor(_BYTE_VALUES, dtype=torch.float32, device=device).flatten()
     exponent = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(1)
     if dtype is torch.float64:
