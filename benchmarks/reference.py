@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What plain torch needs on this device: a layer by the reference backend, and quantising.
 
-The layer is one of gpt-oss-20b: 32 experts, 4 of them a token, 2880 x 2880, SwiGLU and biases. Its yardstick is torch on
-the same experts as dense bfloat16 in memory: for each one that received tokens, two products and what is between them.
+The layer is one of gpt-oss-20b: 32 experts, 4 of them a token, 2880 x 2880, SwiGLU and biases. Its yardstick is torch
+on as many experts that are dense bfloat16 in memory: for each one that received tokens, two products and what is
+between them.
 
     python benchmarks/reference.py [--device cpu|cuda]
 
@@ -64,13 +65,13 @@ def layers(device: str) -> None:
     for tokens in (1, 32):
         x = random(tokens, HIDDEN) * 64
         weight, ids = random(tokens, EXPERTS).float().softmax(-1).topk(TOPK)
-        layer = dict(activation="swiglu", w13_bias=w13_bias, w2_bias=w2_bias, backend="reference")
+        biases = {"w13_bias": w13_bias, "w2_bias": w2_bias}
         runs: list[Callable[[], object]] = [
-            lambda: dense_layer(x, *dense, weight, ids, w13_bias, w2_bias),  # noqa: B023  (called before the next)
-            lambda: fused_moe(x, w13, w2, weight, ids, **layer),  # noqa: B023
+            lambda: dense_layer(x, *dense, weight, ids, **biases),  # noqa: B023  (called before the next)
+            lambda: fused_moe(x, w13, w2, weight, ids, activation="swiglu", backend="reference", **biases),  # noqa: B023
         ]
         yardstick, ours = milliseconds(runs, device)
-        print(f"{f'{tokens} tokens':24}{yardstick:12.1f}{ours:12.1f}{ours / yardstick:7.1f}x")
+        print(f"{f'tokens: {tokens}':24}{yardstick:12.1f}{ours:12.1f}{ours / yardstick:7.1f}x")
 
 
 def quantising(device: str) -> None:
