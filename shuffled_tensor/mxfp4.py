@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from shuffled_tensor import owners
 
@@ -65,12 +66,15 @@ def _float32_bits(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
-# A value between two magnitudes goes to the nearer one, and from the midpoint to the even code. `bucketize` sends an
-# exact boundary down, so where the even code is the upper one the boundary is the float32 just below the midpoint.
-# Positive floats are ordered as their bits are. (No tensor is made here: an import may run under any mode of torch.)
+# A value between two magnitudes goes to the nearer one, and from the midpoint to the even code. A code is the number of
+# boundaries that a value is above, so where the even code is the upper one the boundary is the float32 just below the
+# midpoint. Positive floats are ordered as their bits are. (No tensor is made here: an import may run under any mode of
+# torch.)
 _BOUNDARIES = tuple(
     _float32_bits((low + high) / 2) - code % 2 for code, (low, high) in enumerate(pairwise(_MAGNITUDES))
 )
+
+_BLOCKS_A_CORE = 1 << 11  # 256 KiB a tensor of their float32 bits
 
 ScaleRule = Literal["floor", "even", "round_up", "amax4"]
 
@@ -111,21 +115,33 @@ def quantize(values: Tensor, *, scale_rule: ScaleRule = "even") -> tuple[Tensor,
         ValueError: K is not a multiple of 32, or the rule is unknown.
     """
     check_quantizable(values, scale_rule)
+    *rows, columns = values.shape
+    blocks = values.reshape(-1, BLOCK)
+    # on a CPU, as many at a time as stay in the caches of its cores; a GPU wants few launches, a compiler no loop
+    chunked = values.device.type == "cpu" and owners.is_real(values) and not torch.compiler.is_compiling()
+    chunks = blocks.split(_BLOCKS_A_CORE * torch.get_num_threads()) if chunked else (blocks,)
+    qdata, scale = map(torch.cat, zip(*(_quantize(chunk, scale_rule) for chunk in chunks), strict=True))
+    return qdata.view(*rows, columns // CODES.per_byte), scale.view(*rows, columns // BLOCK)
+
+
+def _quantize(blocks: Tensor, scale_rule: ScaleRule) -> tuple[Tensor, Tensor]:
+    """Codes ``[blocks, 16]`` and scales ``[blocks]`` of values ``[blocks, 32]``."""
     # On bits throughout: subnormal numbers are zero to arithmetic under torch.set_flush_denormal.
-    bits = _bits(values).unflatten(-1, (values.shape[-1] // BLOCK, BLOCK))
+    bits = _bits(blocks).contiguous()
     magnitude = bits & 0x7FFFFFFF
     amax = magnitude.amax(-1)
     exponent = _SCALE_RULES[scale_rule](amax).clamp(0, 254)
     scale = torch.where(amax < _INFINITY, exponent, 255).to(torch.uint8)
-    # a subnormal gets the exponent that it would have if float32 had smaller ones; and zero, that of the smallest
-    magnitude = magnitude.clamp(min=1)
-    normal = torch.where(magnitude < _NORMAL, _bits(magnitude.float()) - (149 << 23), magnitude)
-    boundaries = torch.tensor(_BOUNDARIES, dtype=torch.int32, device=values.device)
+    # A subnormal gets the exponent that it would have if float32 had smaller ones; and zero, that of the smallest. What
+    # is normal is added to the smallest normal number.
+    below, above = magnitude.clamp(1, _NORMAL), magnitude.clamp(min=_NORMAL)
+    normal = _bits(below.float()) - (149 << 23) + (above - _NORMAL)
     scaled = normal - ((exponent - 127) << 23).unsqueeze(-1)
-    codes = torch.bucketize(scaled, boundaries, out_int32=True).to(torch.uint8)
-    codes |= (bits >> 28 & 8).to(torch.uint8)  # the sign
-    codes = codes.flatten(-2)
-    return codes[..., ::2] | (codes[..., 1::2] << 4), scale
+    codes = (bits >> 28 & 8).to(torch.uint8)  # the sign
+    for boundary in _BOUNDARIES:
+        codes += scaled > boundary
+    pairs = codes.view(torch.int16)  # the even column is the low byte
+    return (pairs | pairs >> 4).to(torch.uint8), scale
 
 
 def check_quantizable(values: Tensor, scale_rule: str) -> None:
@@ -161,9 +177,10 @@ def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     if dtype not in LOGICAL_DTYPES:
         raise TypeError(f"dequantize gives {', '.join(map(str, LOGICAL_DTYPES))}, found dtype={dtype!r}")
     place = codes.int().unflatten(-1, (exponents.shape[-1], BLOCK // CODES.per_byte))
-    pairs = _values_of_bytes(dtype, qdata.device)
-    values: Tensor = torch.nn.functional.embedding(place + (exponents.int() << 8).unsqueeze(-1), pairs)
-    return values.flatten(-3)
+    place = place.add_((exponents.int() << 8).unsqueeze(-1)).flatten(-2).long()
+    real = owners.is_real(codes) and not torch.compiler.is_compiling()
+    pairs = _kept_pairs(dtype, codes.device) if real else _pairs_of_bytes(dtype, codes.device)
+    return pairs.expand(*place.shape[:-1], -1).gather(-1, place).view(dtype)
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -190,8 +207,27 @@ def _as_bytes(qdata: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return qdata.view(torch.uint8), scale.view(torch.uint8)
 
 
+_PAIRS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _kept_pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`_pairs_of_bytes`, made once, whatever mode of torch the first caller is in."""
+    pairs = _PAIRS.get((dtype, device))
+    if pairs is None:
+        with _disable_current_modes(), torch.inference_mode(False):
+            # copied from a CPU, which is waited for: whoever reads it, on whatever stream, finds it written
+            pairs = _PAIRS[dtype, device] = _pairs_of_bytes(dtype, torch.device("cpu")).to(device)
+    return pairs
+
+
+def _pairs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[256 scales * 256 bytes]``: what each byte of two codes is under each scale, both values in one word."""
+    word = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
+    return _values_of_bytes(dtype, device).view(word).flatten()
+
+
 def _values_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[256 scales * 256 bytes, 2]``: what each byte of two codes is under each scale."""
+    """``[256 scales * 256 bytes, 2]``."""
     codes = torch.tensor(_BYTE_VALUES, dtype=torch.float32, device=device).flatten()
     exponent = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(1)
     if dtype is torch.float64:

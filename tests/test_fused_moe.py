@@ -22,13 +22,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, explain, fused_moe
+from shuffled_tensor.backends import reference
 from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
 from shuffled_tensor.mxfp4 import dequantize, quantize
 from shuffled_tensor.tensor.storage import PackedStorage
 
 from .support.bytes import coded, moderate_scales
 from .support.judges import cosine, dense, dense_moe, relative_error
-from .support.layer import packed_arguments
+from .support.layer import make_layer, packed_arguments, weight_parts
 
 GOLDEN = Path(__file__).parent / "data" / "fmoe_silu_gfx950.safetensors"
 KINDS = ("mxfp4_moe", "mxfp4_separated")
@@ -62,6 +63,21 @@ def test_amds_machine_code_tells_the_definitions_apart() -> None:
     w13, w2 = golden_weights(golden)
     assert cosine(golden_output(golden, w13, w2, activation_dtype=None, scale_rule=None), golden["out"]) < 0.995
     assert cosine(golden_output(golden, w13, w2, scale_rule="even"), golden["out"]) < 0.999
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_a_weight_is_dequantised_a_few_rows_at_a_time(
+    kind: str | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer()
+    expected = dense_moe(*(dense(*weight_parts(value)) if value in ("w13", "w2") else layer[value] for value in layer))
+    for weight in (layer["w13"], layer["w2"]):
+        weight.shuffle_(kind or "none")
+    monkeypatch.setattr(reference, "_WEIGHTS_A_CORE", rows * layer["w13"].shape[2])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    out = fused_moe(**layer, out_dtype=torch.float32, backend="reference")
+    assert relative_error(out, expected) < 1e-6
 
 
 def test_unshuffled_bytes_taken_for_shuffled_ones_are_garbage() -> None:

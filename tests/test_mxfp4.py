@@ -13,10 +13,11 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, dequantize, quantize
+from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, dequantize, mxfp4, quantize
 
-from .support.bytes import coded
+from .support.bytes import coded, moderate_scales
 from .support.judges import MAGNITUDES, dense
 
 
@@ -184,6 +185,69 @@ def test_heavy_tails_and_bfloat16() -> None:
     assert all(torch.equal(a, b) for a, b in zip(quantize(values), quantize(values.double()), strict=True))
     weight = ShuffledMXFP4Tensor.from_hp(values, gate_up=False, scale_rule="round_up")
     assert torch.equal(weight.dequantize(torch.float64), dense(*quantize(values, scale_rule="round_up")))
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_every_bfloat16_number(rule: str, spread: bool) -> None:
+    """Beside numbers like it; and ``spread``, beside others of the next four binades."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = (every.view(128, 32, 16).transpose(1, 2) if spread else every.view(128, 16, 32)).flatten(0, 1)
+    qdata, scale = quantize(values, scale_rule=rule)
+    finite = values.isfinite().all(-1)
+    assert torch.equal(scale.flatten() == 255, ~finite)
+    blocks, scale = values[finite].double(), scale[finite]
+    lowest = 1 if rule == "round_up" else 0
+    exponents = [RULES[rule](float(block.abs().max())) + 127 if block.any() else 0 for block in blocks]
+    expected = [max(exponent, lowest if block.any() else 0) for exponent, block in zip(exponents, blocks, strict=True)]
+    assert scale.flatten().tolist() == expected
+    scaled = blocks / torch.exp2(scale.double() - 127)
+    distance = (scaled.abs().clamp(max=6).unsqueeze(-1) - torch.tensor(MAGNITUDES, dtype=torch.float64)).abs()
+    codes = (distance + 1e-12 * (torch.arange(8) % 2)).argmin(-1) + 8 * scaled.signbit()
+    assert torch.equal(codes_of(qdata[finite]).long(), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_weight_is_quantised_a_few_blocks_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order its numbers lie in memory, each block gets what is its own."""
+    qdata, scale = coded(3, 37, 256), 60 + coded(3, 37, 16, salt=3) % 128
+    qdata[..., ::16] |= 0x07  # an amax code of 6, or -6
+    values = dense(qdata, scale).to(dtype)
+    for at_a_time in (1, 7, 1 << 20):
+        monkeypatch.setattr(mxfp4, "_BLOCKS_A_CORE", at_a_time)
+        for strided in (values, values.mT.contiguous().mT, values.transpose(0, 1).contiguous().transpose(0, 1)):
+            found = quantize(strided, scale_rule="floor")
+            assert all(torch.equal(part, expected) for part, expected in zip(found, (qdata, scale), strict=True))
+    for shape in ((0, 64), (2, 0, 32), (3, 0)):
+        found = quantize(torch.zeros(shape, dtype=dtype))
+        assert [list(part.shape) for part in found] == [[*shape[:-1], shape[-1] // size] for size in (2, 32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_whoever_dequantises_first_leaves_nothing_behind(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of all bytes are kept: real ones, whatever the mode of torch they were first asked for in."""
+    qdata, scale = coded(4, 32), moderate_scales(4, 2)
+
+    def fake() -> None:
+        with FakeTensorMode() as mode:
+            dequantize(mode.from_tensor(qdata), mode.from_tensor(scale), dtype)
+
+    def compiled() -> None:
+        torch.compile(dequantize, backend="aot_eager", fullgraph=True)(qdata, scale, dtype)
+
+    def other_modes() -> None:
+        with torch.inference_mode(), torch.device("meta"):
+            dequantize(qdata, scale, dtype)
+
+    for first in (fake, compiled, other_modes):
+        monkeypatch.setattr(mxfp4, "_PAIRS", {})
+        first()
+        again = torch.compile(dequantize, backend="aot_eager", fullgraph=True)(qdata, scale, dtype)
+        for values in (dequantize(qdata, scale, dtype), again):
+            assert type(values) is Tensor
+            assert not values.is_inference()
+            assert torch.equal(values, dense(qdata, scale).to(dtype))
+    torch.compiler.reset()
 
 
 def test_bad_input() -> None:

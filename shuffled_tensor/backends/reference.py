@@ -16,6 +16,10 @@ from shuffled_tensor.tensor.storage import PackedStorage
 
 __all__ = ["Reference"]
 
+# On a CPU, as many rows of a weight are dequantised at a time as stay in the caches of its cores until they are used; a
+# GPU wants few launches.
+_WEIGHTS_A_CORE = 1 << 17
+
 
 class Reference(Backend):
     """float32 throughout; one expert is dequantised at a time, and only those that received tokens.
@@ -57,23 +61,28 @@ class Reference(Backend):
                 continue  # another rank's
             token, slot = (ids == expert).nonzero(as_tuple=True)
             factor = weight[token, slot].unsqueeze(1)
-            gate_up = hidden_states[token] @ _of(w13, expert).T
+            gate_up = _product(hidden_states[token], w13, expert)
             if call.doweight_stage1:
                 gate_up *= factor
             if call.w13_bias is not None:
                 gate_up += call.w13_bias[expert]
             gate, up = gate_up.chunk(2, dim=1)
             intermediate = _round_trip(activate(gate, up, **call.parameters), rule)
-            down = intermediate @ _of(w2, expert).T
+            down = _product(intermediate, w2, expert)
             if call.w2_bias is not None:
                 down += call.w2_bias[expert]
             out.index_add_(0, token, down if call.doweight_stage1 else down * factor)
         return out.to(call.out_dtype)
 
 
-def _of(weight: PackedStorage, expert: int) -> Tensor:
-    """One expert's values, float32."""
-    return weight.dequantize(weight.whole()._replace(experts=range(expert, expert + 1)), torch.float32)[0]
+def _product(x: Tensor, weight: PackedStorage, expert: int) -> Tensor:
+    """``x @ W.T`` in float32, of one expert's weight W."""
+    qdata, scale = (data[0] for data in weight.canonical(range(expert, expert + 1)))
+    rows = len(qdata)
+    if x.device.type == "cpu":
+        rows = max(1, _WEIGHTS_A_CORE * torch.get_num_threads() // weight.geometry.columns)
+    pieces = zip(qdata.split(rows), scale.split(rows), strict=True)
+    return torch.cat([mxfp4.dequantize(*piece) @ x.T for piece in pieces]).T
 
 
 def _round_trip(values: Tensor, rule: ScaleRule | None) -> Tensor:
