@@ -26,8 +26,8 @@ class Triton(Backend):
     """Weights become bfloat16 in registers, exactly; activations are bfloat16, and products accumulated in float32.
 
     Each token's slots are computed apart and added in their order, so that every run gives the same bits. Nothing waits
-    for the device. What the reference raises for wrong data, such as an expert that does not exist, makes the results of
-    its token NaN.
+    for the device. Wrong data for which the reference raises, such as an expert that does not exist, makes the results
+    of its token NaN.
     """
 
     name = "triton"

@@ -14,7 +14,6 @@ from shuffled_tensor.backends.triton import numbers, tune
 from shuffled_tensor.backends.triton.rows import begin, leave
 from shuffled_tensor.backends.triton.schedule import place, starts
 from shuffled_tensor.backends.triton.stage import INTERLEAVED, NO_HALVES, SEPARATED, stage
-from shuffled_tensor.layouts import round_up
 from shuffled_tensor.moe.activations import ACTIVATIONS
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.mxfp4 import BLOCK, CODES
@@ -105,7 +104,8 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
             BM1=plan.rows, BM2=plan.small, BN=tile.rows, BK=tile.columns, PARTS=tile.parts,
             ACTIVATION=call.activation if own else None, RULE=call.intermediate_scale_rule if own else None,
             HALVES=halves.value, TARGET=target, WIDE=packed.largest_scale() > numbers.FULL_RANGE.value,
-            num_warps=tile.warps, num_stages=tile.stages, **launch,
+            num_warps=tile.warps,
+            num_stages=1 if target == numbers.CDNA4.value else tile.stages, **launch,
         )  # fmt: skip
     leave[(tokens, -(-hidden // 1024))](
         parts, None if call.doweight_stage1 else weight, kind, out, H=hidden, COLUMNS=parts.shape[1], TOPK=topk,

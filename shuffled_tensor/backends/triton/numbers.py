@@ -8,7 +8,17 @@ functions take and give blocks of registers.
 import triton
 import triton.language as tl
 
-__all__ = ["CDNA4", "FULL_RANGE", "HOPPER", "INTERPRETED", "PLAIN", "bf16_of_words", "fp4_values", "powers_of_two", "to_mxfp4_and_back"]
+__all__ = [
+    "CDNA4",
+    "FULL_RANGE",
+    "HOPPER",
+    "INTERPRETED",
+    "PLAIN",
+    "bf16_of_words",
+    "fp4_values",
+    "powers_of_two",
+    "to_mxfp4_and_back",
+]
 
 # How words of eight codes become bfloat16.
 PLAIN = tl.constexpr(0)
@@ -32,10 +42,8 @@ _NIBBLES = """
 
 
 def _ptx(normalise: str) -> str:
-    pairs = (("$8", "0x000F000F", "0x1040"), ("$8", "0x00F000F0", "0x0104")) + (
-        ("w", "0x000F000F", "0x1040"),
-        ("w", "0x00F000F0", "0x0104"),
-    )
+    nibbles = ("0x000F000F", "0x1040"), ("0x00F000F0", "0x0104")
+    pairs = [(source, *each) for source in ("$8", "w") for each in nibbles]
     body = "".join(
         _NIBBLES.format(source=source, mask=mask, copies=copies, normalise=normalise, low=2 * q, high=2 * q + 1)
         for q, (source, mask, copies) in enumerate(pairs)

@@ -2,9 +2,9 @@
 """Which rows of activations meet which expert: made on the device, so that no call waits for the host, and a CUDA graph
 holds it for whatever routing is replayed.
 
-A slot is one of the ``topk`` places of a token. Slots are sorted by expert, those of one expert by their number, without
-atomic operations: every run gives the same order. An expert's slots are cut into blocks of ``BM1`` rows; a last one that
-has at most ``BM2`` is a small block, which multiplies fewer rows that are not there.
+A slot is one of the ``topk`` places of a token. Slots are sorted by expert, those of one expert by their number,
+without atomic operations: every run gives the same order. An expert's slots are cut into blocks of ``BM1`` rows; a last
+one that has at most ``BM2`` is a small block, which multiplies fewer rows that are not there.
 """
 
 import triton
@@ -75,7 +75,7 @@ def _ranks(experts, BT: tl.constexpr):
 def _write_blocks(
     counts, first, Blocks, EP: tl.constexpr, BLOCKS, BM1: tl.constexpr, BM2: tl.constexpr, STEP: tl.constexpr
 ):
-    """Of each block: its expert, the place of its first row among the expert's, where these begin, how many they are."""
+    """Of each block: its expert, the place of its first row among the expert's, where these begin, their number."""
     experts = tl.arange(0, EP)
     blocks = (counts + BM1 - 1) // BM1
     rest = counts - (blocks - 1) * BM1
@@ -84,7 +84,7 @@ def _write_blocks(
     else:
         kind = experts
     at = tl.cumsum(blocks, 0) - blocks
-    for j in range(0, tl.max(blocks, 0)):
+    for j in range(tl.max(blocks, 0)):
         own = j < blocks
         target = Blocks + 4 * (at + j)
         tl.store(target, tl.where(j == blocks - 1, kind, experts), mask=own)

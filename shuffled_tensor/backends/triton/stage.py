@@ -147,8 +147,8 @@ def _multiply(
 ):
     """``[BN, BM]``: a tile's weight times rows of activations, over ``STEPS`` of ``BK`` columns from the ``first`` on.
 
-    ``BK`` is 256, the columns of a tile of scales, or 128: then a step has the first 64 of both its halves, and the next
-    step the others, because their scales are neighbours.
+    ``BK`` is 256, the columns of a tile of scales, or 128: then a step has the first 64 of both its halves, and the
+    next step the others, because their scales are neighbours.
     """
     strip, tile = _strips(n, STRIPS, BN, HALVES, False)
     word = tl.arange(0, 2 * BK)
