@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = ["Plan", "Tile", "plan"]
@@ -39,7 +40,7 @@ _TILES = 264
 """That fill a GPU: two for each of 132 processors."""
 
 
-def plan(slots: int, experts: int, tiles: tuple[int, int], columns: tuple[int, int]) -> Plan:
+def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int]) -> Plan:
     """For so many slots of experts at hand, and so many tiles of 128 rows and padded columns of either weight."""
     _, rows, small, stages = next(row for row in _ROWS if slots <= row[0] * experts)
 
