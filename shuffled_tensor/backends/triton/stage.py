@@ -36,20 +36,21 @@ def _tanh(x):
 def _activate(gate, up, ACTIVATION: tl.constexpr, p0, p1):
     """A row of :data:`shuffled_tensor.moe.activations.ACTIVATIONS`, whose parameters are given in its order."""
     if ACTIVATION == "situ":
-        return p0 * _tanh(gate / p0) * _sigmoid(gate) * (p1 * _tanh(up / p1))
-    # NaN passes a limit, as in torch
-    gate = tl.where(gate > p0, p0, gate)
-    up = tl.where(up > p0, p0, tl.where(up < -p0, -p0, up))
-    if ACTIVATION == "silu":
-        return gate * _sigmoid(gate) * up
-    elif ACTIVATION == "swiglu":
-        return gate * _sigmoid(p1 * gate) * (up + 1)
-    elif ACTIVATION == "gelu":
-        return gate * (0.5 * (1 + tl.erf(gate * 0.7071067811865476))) * up
-    else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * (0.5 * (1 + _tanh(inner))) * up
+        out = p0 * _tanh(gate / p0) * _sigmoid(gate) * (p1 * _tanh(up / p1))
+    else:  # NaN passes a limit, as in torch
+        gate = tl.where(gate > p0, p0, gate)
+        up = tl.where(up > p0, p0, tl.where(up < -p0, -p0, up))
+        if ACTIVATION == "silu":
+            out = gate * _sigmoid(gate) * up
+        elif ACTIVATION == "swiglu":
+            out = gate * _sigmoid(p1 * gate) * (up + 1)
+        elif ACTIVATION == "gelu":
+            out = gate * (0.5 * (1 + tl.erf(gate * 0.7071067811865476))) * up
+        else:
+            tl.static_assert(ACTIVATION == "gelu_tanh")
+            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            out = gate * (0.5 * (1 + _tanh(inner))) * up
+    return out
 
 
 @triton.jit
