@@ -137,7 +137,7 @@ def test_a_call_that_aiter_cannot_configure(monkeypatch: pytest.MonkeyPatch, dev
         monkeypatch.setattr(fake, "configuration", fail)
         layer = make_layer(device)
         reason = "aiter v0.1.18 and later has no kernel for 1 token (ImportError: No module named 'flydsl')"
-        assert explain(**layer).passed_over == {"aiter": reason}
+        assert explain(**layer).passed_over["aiter"] == reason
         assert torch.equal(fused_moe(**layer), fused_moe(**layer, backend="reference"))
         monkeypatch.undo()  # as one that fails when its tables are read first, and not again
         assert explain(**layer).backend == "aiter"
@@ -645,6 +645,7 @@ def test_versions_are_told_apart_and_reported() -> None:
         """\
 architecture  gfx950
 aiter         of unknown release, API #3470 (shuffle_kind) (57e74501a5)
+triton        3.6.0
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -654,6 +655,7 @@ activations   mxfp4, even
 
 architecture  gfx950
 aiter         of unknown release, API #3470 (is_guinterleave) (39e2ed7e8a)
+triton        3.6.0
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -663,6 +665,7 @@ activations   mxfp4, even
 
 architecture  gfx950
 aiter         of unknown release, API #3470 (d6ede4548e, as merged)
+triton        3.6.0
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -672,6 +675,7 @@ activations   mxfp4, even
 
 architecture  gfx950
 aiter         of unknown release, API #3788 (46ecc4489d)
+triton        3.6.0
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -681,6 +685,7 @@ activations   mxfp4, even
 
 architecture  gfx950
 aiter         of unknown release, API #3827 (05567f6668)
+triton        3.6.0
 backend       aiter
 layout        mxfp4_moe
 shuffles      w13 to mxfp4_moe, w2 to mxfp4_moe
@@ -690,6 +695,7 @@ activations   mxfp4, even
 
 architecture  gfx950
 aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
+triton        3.6.0
 backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
@@ -699,6 +705,7 @@ activations   mxfp4, round_up
 
 architecture  gfx950
 aiter         of unknown release, API #4542 (55f4bfeb5e)
+triton        3.6.0
 backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
@@ -708,6 +715,7 @@ activations   mxfp4, round_up
 
 architecture  gfx950
 aiter         of unknown release, API v0.1.16, v0.1.17
+triton        3.6.0
 backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
@@ -717,6 +725,7 @@ activations   mxfp4, round_up
 
 architecture  gfx950
 aiter         of unknown release, API v0.1.15
+triton        3.6.0
 backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
@@ -726,6 +735,7 @@ activations   mxfp4, amax4
 
 architecture  gfx950
 aiter         of unknown release, API v0.1.14
+triton        3.6.0
 backend       aiter
 layout        mxfp4_separated
 shuffles      w13 to mxfp4_separated, w2 to mxfp4_separated
@@ -834,4 +844,4 @@ def test_no_aiter_and_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: An
 def test_other_architectures() -> None:
     with override_arch("gfx942"), fake_aiter("v0.1.18 and later"):
         report = explain(**make_layer())
-        assert report.passed_over == {"aiter": "aiter's MXFP4 kernels run on gfx950, not on cpu, which is gfx942"}
+        assert report.passed_over["aiter"] == "aiter's MXFP4 kernels run on gfx950, not on cpu, which is gfx942"

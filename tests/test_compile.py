@@ -147,13 +147,13 @@ def test_the_captured_graph(gfx950: FakeAiter) -> None:
         """\
 class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "u8[4, 512, 384]", arg1_1: "u8[4, 512, 24]", arg2_1: "u8[4, 768, 128]", arg3_1: "u8[4, 768, 8]", arg4_1: "bf16[5, 544]", arg5_1: "f32[5, 2]", arg6_1: "i32[5, 2]"):
-        fused_moe_packed: "bf16[5, 544]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, 'mxfp4_separated', 320, 544, arg2_1, arg3_1, 'mxfp4_separated', 544, 160, arg5_1, arg6_1, 'silu', None, None, None, None, False, None, None, None, None, None, None, None, 'bfloat16', 'aiter, reference');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
+        fused_moe_packed: "bf16[5, 544]" = torch.ops.shuffled_tensor.fused_moe_packed.default(arg4_1, arg0_1, arg1_1, 'mxfp4_separated', 320, 544, arg2_1, arg3_1, 'mxfp4_separated', 544, 160, arg5_1, arg6_1, 'silu', None, None, None, None, False, None, None, None, None, None, None, None, 'bfloat16', 'aiter, triton, reference');  arg4_1 = arg0_1 = arg1_1 = arg2_1 = arg3_1 = arg5_1 = arg6_1 = None
         return (fused_moe_packed,)""",
     )
     packed = re.findall(r"fused_moe_packed\.default\((.*?)\)", model)
     assert len(packed) == 4
     assert all("'mxfp4_separated', 320, 544, " in call and ", 'mxfp4_separated', 544, 160, " in call for call in packed)
-    assert all(call.endswith("'bfloat16', 'aiter, reference'") for call in packed)
+    assert all(call.endswith("'bfloat16', 'aiter, triton, reference'") for call in packed)
     body = (line for line in model.splitlines() if "fused_moe_packed.default" not in line)
     weights = re.findall(r'(\w+): "u8', model)
     assert len(weights) == 16  # those that come in, and no other: none is copied or permuted

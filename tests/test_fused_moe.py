@@ -317,14 +317,14 @@ def test_an_expert_of_padding_alone_is_not_dequantised() -> None:
     layer = small_layer()
     layer["topk_ids"] = torch.tensor([[0, 2], [2, 0], [1, 1], [1, 1]])
     read = []
-    dequantize_experts = PackedStorage.dequantize
+    canonical = PackedStorage.canonical
 
-    def reading(storage: PackedStorage, part: Any, dtype: torch.dtype) -> Tensor:
-        read.append(part.experts)
-        return dequantize_experts(storage, part, dtype)
+    def reading(storage: PackedStorage, experts: range) -> tuple[Tensor, Tensor]:
+        read.append(experts)
+        return canonical(storage, experts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedStorage, "dequantize", reading)
+        patch.setattr(PackedStorage, "canonical", reading)
         fused_moe(**layer, num_local_tokens=torch.tensor([2], dtype=torch.int32))
     assert {expert for experts in read for expert in experts} == {0, 2}
 
@@ -453,7 +453,7 @@ more tokens than rows: ValueError: num_local_tokens must be in 0..4, the rows of
 fewer tokens than none: ValueError: num_local_tokens must be in 0..4, the rows of hidden_states, found -1
 count of tokens, device: ValueError: all tensors must be on the device of w13, cpu; found num_local_tokens on meta
 out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found torch.int8
-backend: ValueError: unknown backend 'cuda'; known backends: 'aiter', 'reference'
+backend: ValueError: unknown backend 'cuda'; known backends: 'aiter', 'triton', 'reference'
 device: ValueError: all tensors must be on the device of w13, cpu; found topk_weight on meta""",
     )
 
@@ -687,11 +687,11 @@ no activation: ValueError: unknown activation None; known activations: 'silu', '
 activation: ValueError: unknown activation ['silu']; known activations: 'silu', 'gelu', 'gelu_tanh', 'swiglu', 'situ'
 activation dtype: ValueError: unknown activation_dtype torch.bfloat16; known activation_dtypes: 'mxfp4'
 scale rule: ValueError: unknown scale_rule 1; known scale_rules: 'floor', 'even', 'round_up', 'amax4'
-backend: ValueError: unknown backend ['reference']; known backends: 'aiter', 'reference'
-backend by number: ValueError: unknown backend 1; known backends: 'aiter', 'reference'
-backends: ValueError: unknown backend 'aiter, aiter'; known backends: 'aiter', 'reference'
-backends that exist: ValueError: unknown backend 'aiter, reference'; known backends: 'aiter', 'reference'
-no backend: ValueError: unknown backend ''; known backends: 'aiter', 'reference'
+backend: ValueError: unknown backend ['reference']; known backends: 'aiter', 'triton', 'reference'
+backend by number: ValueError: unknown backend 1; known backends: 'aiter', 'triton', 'reference'
+backends: ValueError: unknown backend 'aiter, aiter'; known backends: 'aiter', 'triton', 'reference'
+backends that exist: ValueError: unknown backend 'aiter, reference'; known backends: 'aiter', 'triton', 'reference'
+no backend: ValueError: unknown backend ''; known backends: 'aiter', 'triton', 'reference'
 out dtype: TypeError: out_dtype must be torch.bfloat16 or torch.float16 or torch.float32, found 'bfloat16'""",
     )
 

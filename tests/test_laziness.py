@@ -269,16 +269,20 @@ def test_doctor() -> None:
         """\
 torch         <version>
 aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
+triton        3.6.0
 cpu           cpu
   aiter       no: aiter's MXFP4 kernels run on gfx950, not on cpu
+  triton      no: it compiles for GPUs, found cpu
   reference   yes, reads any layout
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: no device here is gfx950, and the reference backend runs everything
 
 torch         <version>
 aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
+triton        3.6.0
 cpu           gfx950
   aiter       yes, reads 'mxfp4_separated', 'mxfp4_moe'
+  triton      no: it compiles for GPUs, found cpu
   reference   yes, reads any layout
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: weights are shuffled on first use""",

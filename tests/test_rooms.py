@@ -145,7 +145,9 @@ def test_a_call_survives_the_operator_with_every_argument_in_its_place() -> None
     """Each argument is another object, so that no two can change places."""
     layer = make_layer()
     packed = {
-        name: PackedWeight.of(weight._storage, weight._storage.experts)._replace(fixed=weight._storage.layout)
+        name: PackedWeight.of(weight._storage, weight._storage.experts)._replace(
+            fixed=weight._storage.layout, owner=None
+        )
         for name, weight in layer.items()
         if isinstance(weight, ShuffledMXFP4Tensor)
     }

@@ -43,7 +43,7 @@ def test_words_that_do_not_exist_are_refused(tmp_path: Path) -> None:
         """\
 5: error: Argument "row_order" to "ShuffledMXFP4Tensor" has incompatible type "Literal['interleave']"; expected "Literal['contiguous', 'interleaved'] | None"  [arg-type]
 6: error: Argument "activation" to "fused_moe" has incompatible type "Literal['relu']"; expected "Literal['silu', 'gelu', 'gelu_tanh', 'swiglu', 'situ']"  [arg-type]
-7: error: Argument "backend" to "fused_moe" has incompatible type "Literal['aitr']"; expected "Literal['aiter', 'reference'] | None"  [arg-type]
+7: error: Argument "backend" to "fused_moe" has incompatible type "Literal['aitr']"; expected "Literal['aiter', 'triton', 'reference'] | None"  [arg-type]
 8: error: Unexpected keyword argument "renormalize" for "fused_moe"  [call-arg]
 9: error: Argument "scale_rule" to "quantize" has incompatible type "Literal['ceil']"; expected "Literal['floor', 'even', 'round_up', 'amax4']"  [arg-type]
 10: error: Argument "dim" to "shard" of "ShuffledMXFP4Tensor" has incompatible type "Literal['experts']"; expected "Literal['expert', 'intermediate']"  [arg-type]
