@@ -152,9 +152,8 @@ def main() -> None:
         w2 = ShuffledMXFP4Tensor(*packed[1], gate_up=False).shuffle_(options.layout)
         each = sum(data[:1].nbytes for part in packed for data in part)
         print(f"\n{name}: {experts} experts, hidden {hidden}, intermediate {intermediate}, top {topk}")
-        print(
-            f"{'tokens':>6}{'ours':>9}{'peer':>9}{'faster':>9}{'bytes':>9}{'of limit':>10}{'bf16':>9}{'of its FLOP/s':>15}"
-        )
+        columns = f"{'ours':>9}{'peer':>9}{'faster':>9}{'bytes':>9}{'of limit':>10}{'bf16':>9}{'of its FLOP/s':>15}"
+        print(f"{'tokens':>6}{columns}")
         for tokens in options.tokens:
             scores = [
                 torch.randn(tokens, experts, device="cuda", dtype=torch.bfloat16)

@@ -236,8 +236,8 @@ class PackedStorage:
         return data
 
     def largest_scale(self) -> int:
-        """The largest byte of all scales, read from a device once after each write; 255, the largest that there is, where
-        nobody has and a CUDA graph is being captured."""
+        """The largest byte of all scales, read from a device once after each write; 255, the largest that there is,
+        where nobody has and a CUDA graph is being captured."""
         if self.validity.largest_scale is None:
             if self._on_gpu and torch.cuda.is_current_stream_capturing():
                 return 255
