@@ -32,6 +32,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--device"))
 
 
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What aiter does not take goes to the reference, also where a GPU stands in for a gfx950."""
+    monkeypatch.setenv("SHUFFLED_TENSOR_BACKENDS", "aiter,reference")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def made_up_layout(request: pytest.FixtureRequest) -> Iterator[None]:
     """In modules that test every layout, the table has one row more."""

@@ -66,6 +66,7 @@ def test_every_version_gets_its_layout(version: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.usefixtures("no_triton")
 def test_untuned_shapes(version: str, device: str) -> None:
     """Where a version's kernels that read its layout exist for tuned shapes alone, others must not reach it."""
     with override_arch("gfx950"), fake_aiter(version, tuned=False) as fake:
@@ -87,6 +88,7 @@ def test_untuned_shapes(version: str, device: str) -> None:
                 fused_moe(**layer, backend="aiter")
 
 
+@pytest.mark.usefixtures("no_triton")
 def test_small_hidden_sizes(device: str) -> None:
     """#3788's kernels are wrong for them, whatever the layout."""
     for hidden, backend_taken in ((512, "reference"), (256, "reference"), (544, "aiter")):
@@ -127,6 +129,7 @@ def test_small_hidden_sizes(device: str) -> None:
                 assert relative_error(wrong, answer_of(fake, layer)) > 0.5
 
 
+@pytest.mark.usefixtures("no_triton")
 def test_a_call_that_aiter_cannot_configure(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """As where flydsl is missing."""
 
@@ -191,6 +194,7 @@ OWN_KERNELS = [name for name in VERSIONS if not name.startswith("v0.1.1") or nam
     ("name", "version"),
     [*itertools.product(refusals("cpu"), VERSIONS), *itertools.product(ignored("cpu"), OWN_KERNELS)],
 )
+@pytest.mark.usefixtures("no_triton")
 def test_refused_calls_are_rerouted_or_raise(version: str, name: str, device: str) -> None:
     change, reason = (refusals(device) | ignored(device))[name]
     with override_arch("gfx950"), fake_aiter(version) as fake:

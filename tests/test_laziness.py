@@ -34,6 +34,7 @@ def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
     return layer["hidden_states"], layer["topk_weight"], layer["topk_ids"]
 
 
+@pytest.mark.usefixtures("no_triton")
 def test_nothing_shuffles_unasked(shuffles: ShuffleCount, device: str) -> None:
     """On a CPU or another GPU nothing does, and on the target neither does moving, wrapping, copying or explaining."""
     with fake_aiter("v0.1.18 and later"):
@@ -133,6 +134,7 @@ def test_another_kind_is_laid_out_anew_where_the_target_was_open(device: str) ->
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.usefixtures("no_triton")
 def test_a_fixed_kind_is_kept(shuffled: bool, device: str) -> None:
     """Also where aiter has no kernels for the call that read it."""
     with override_arch("gfx950"), fake_aiter("v0.1.18 and later") as fake:
@@ -157,6 +159,7 @@ def test_a_fixed_kind_is_kept(shuffled: bool, device: str) -> None:
         assert len(fake.reads) == 2
 
 
+@pytest.mark.usefixtures("no_triton")
 def test_a_fixed_kind_is_shuffled_into_without_aiter(device: str) -> None:
     module = nn.Module()
     module.register_parameter("w2", nn.Parameter(make_weight("w2", device, kind="mxfp4_moe")))
@@ -205,6 +208,7 @@ def test_prepare_says_how_much_it_moved(caplog: pytest.LogCaptureFixture) -> Non
     ]
 
 
+@pytest.mark.usefixtures("no_triton")
 def test_a_fallback_on_the_target_is_logged_once(device: str, caplog: pytest.LogCaptureFixture) -> None:
     base._warn_once.cache_clear()  # another test may have met the same reason
     with override_arch("gfx950"), fake_aiter("v0.1.18 and later"), caplog.at_level(logging.WARNING, "shuffled_tensor"):

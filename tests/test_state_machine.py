@@ -718,6 +718,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("no_triton")
 def test_a_weights_life() -> None:
     """At least 2,000 steps, always the same; `make fuzz` goes further, from another seed each time."""
     seen, lives = Life.seen, 0
