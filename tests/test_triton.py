@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="no Triton is installed here")
 tl = triton.language
 
 from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, explain, fused_moe, quantize  # noqa: E402
-from shuffled_tensor.backends.triton import Triton, layer, numbers  # noqa: E402
+from shuffled_tensor.backends.triton import Triton, layer, numbers, tune  # noqa: E402
 from shuffled_tensor.backends.triton.rows import begin  # noqa: E402
 from shuffled_tensor.backends.triton.schedule import BAD, ELSEWHERE, SMALL, place, starts  # noqa: E402
 
@@ -100,6 +100,20 @@ def test_a_layer_is_what_float64_says(
     assert found.dtype is torch.bfloat16
     assert error(found, expected) < bound
     assert torch.equal(found, fused_moe(x, w13, w2, weight, ids, backend="triton", **options))
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_tiles_of_few_columns_one_after_the_other(
+    device: str, bound: float, biases: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_TILES", 1)  # as if the GPU were full
+    w13, w2 = weights(device, 2, 448, 256)
+    x, (weight, ids) = torch.randn(20, 448).bfloat16().to(device), routing(device, 20, 2, 2)
+    bias = {"w2_bias": torch.randn(2, 448, device=device)} if biases else {}
+    dense13, dense2 = (w.dequantize(torch.float64).cpu() for w in (w13, w2))
+    expected = dense_moe(x.cpu(), dense13, dense2, weight.cpu(), ids.cpu(), **on_cpu(bias))
+    assert tune.plan(40, 2, [8, 4], [512, 256], False).second.run == 4
+    assert error(fused_moe(x, w13, w2, weight, ids, backend="triton", **bias), expected) < bound
 
 
 def test_a_weight_of_no_layout_is_laid_out_and_a_fixed_one_stays(device: str) -> None:

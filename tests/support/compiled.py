@@ -28,7 +28,17 @@ def compiled_stage(arch: str, rows: int, halves: int, stages: int = 4, wide: boo
     signature = dict.fromkeys(stage.arg_names, "constexpr") | pointers | {"p0": "fp32", "p1": "fp32"}
     constants = {"Bias": None, "Weight": None, "Partial": None, "Arrived": None, "K": 3072, "COLUMNS": 3072}
     constants |= {"STRIPS": 384 if halves else 192, "ROWS": 3072, "OUT": 3072, "TILES": 48 if halves else 24, "TOPK": 4}
-    constants |= {"BM1": rows, "BM2": 0, "BN": 128, "BK": 128, "PARTS": 1, "RULE": None, "HALVES": halves}
+    constants |= {
+        "BM1": rows,
+        "BM2": 0,
+        "BN": 128,
+        "BK": 128,
+        "PARTS": 1,
+        "RUN": 1,
+        "STAGES": stages,
+        "RULE": None,
+        "HALVES": halves,
+    }
     constants |= {"ACTIVATION": "swiglu" if halves else None, "TARGET": TARGET_OF[arch].value, "WIDE": wide}
     constants |= {"OVERLAP": arch == "sm_90"}
     attributes = {(stage.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}

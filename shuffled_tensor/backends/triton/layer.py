@@ -14,6 +14,7 @@ from shuffled_tensor.backends.triton import numbers, tune
 from shuffled_tensor.backends.triton.rows import begin, leave
 from shuffled_tensor.backends.triton.schedule import place, starts
 from shuffled_tensor.backends.triton.stage import INTERLEAVED, NO_HALVES, SEPARATED, stage
+from shuffled_tensor.layouts import round_up
 from shuffled_tensor.moe.activations import ACTIVATIONS
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.mxfp4 import BLOCK, CODES
@@ -58,7 +59,8 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
     # what a GEMM reads: its weight's columns, to whole tiles of scales
     widths = [weight.scale.shape[-1] * BLOCK for weight in (call.w13, call.w2)]
     tiles = [widths[1] // 64, -(-hidden // 128)]
-    plan = tune.plan(-(-slots * experts // known), experts, tiles, widths)
+    plan = tune.plan(-(-slots * experts // known), experts, tiles, widths, target == numbers.CDNA4.value)
+    tiles = [2 * widths[1] // plan.first.rows, round_up(hidden, 128) // plan.second.rows]
     blocks = min(slots, experts + slots // plan.rows)
     few = slots <= _FEW
     chunks = 1 if few else -(-slots // _CHUNK)
@@ -70,7 +72,7 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
     def rows(count: int, columns: int) -> Tensor:
         return torch.empty(count, columns, dtype=torch.bfloat16, device=device)
 
-    x, between, parts = rows(tokens, widths[0]), rows(slots, widths[1]), rows(slots, 128 * tiles[1])
+    x, between, parts = rows(tokens, widths[0]), rows(slots, widths[1]), rows(slots, round_up(hidden, 128))
     at_a_time = 1 if tokens < 512 else 4
     begin[(chunks + -(-tokens // at_a_time) * (widths[0] // 256),)](
         call.hidden_states.contiguous().view(torch.uint8) if call.hidden_scale is not None
@@ -94,14 +96,15 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
         order = packed.layout.order(CODES, packed.geometry.gate_up)
         halves = NO_HALVES if not own else INTERLEAVED if order.interleaved else SEPARATED
         split = tile.parts > 1
-        stage[(blocks * count * tile.parts,)](
+        stage[(blocks * count * tile.parts // tile.run,)](
             source, packed.qdata, packed.scale, None if bias is None else bias.contiguous(),
             weight if own and call.doweight_stage1 else None, result, slot, block,
             torch.empty(blocks * count * tile.parts * tile.rows * plan.rows, device=device) if split else None,
             done if split else None, *(*parameters, 0.0, 0.0)[:2],
             STRIPS=packed.qdata.shape[1] // 16, K=2 * packed.qdata.shape[2], COLUMNS=source.shape[1],
             ROWS=packed.geometry.rows // packed.geometry.halves, OUT=result.shape[1], TILES=count, TOPK=topk,
-            BM1=plan.rows, BM2=plan.small, BN=tile.rows, BK=tile.columns, PARTS=tile.parts,
+            BM1=plan.rows, BM2=plan.small, BN=tile.rows, BK=tile.columns, PARTS=tile.parts, RUN=tile.run,
+            STAGES=tile.stages,
             ACTIVATION=call.activation if own else None, RULE=call.intermediate_scale_rule if own else None,
             HALVES=halves.value, TARGET=target, WIDE=packed.largest_scale() > numbers.FULL_RANGE.value,
             num_warps=tile.warps,

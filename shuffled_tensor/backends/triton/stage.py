@@ -127,6 +127,31 @@ def _strips(n, STRIPS: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, IN_
 
 
 @triton.jit
+def _add_product(
+    words,
+    scales,
+    x,
+    acc,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HALVES: tl.constexpr,
+    TARGET: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A step's words ``[BN / 16, 2 * BK]`` and scales ``[BN / 32, BK]``, as they lie, times rows ``[BK, BM]``."""
+    words = words.reshape(BN // 16, BK // 32, 16, 4).permute(0, 2, 1, 3).reshape(BN, BK // 8)
+    if HALVES == SEPARATED:
+        scales = scales.reshape(2, BN // 64, BK // 64, 16, 2, 2).permute(0, 1, 5, 3, 4, 2).reshape(BN, BK // 32)
+    else:
+        scales = scales.reshape(BN // 32, BK // 64, 16, 2, 2).permute(4, 0, 2, 3, 1).reshape(BN, BK // 32)
+    values = bf16_of_words(words, scales, TARGET, WIDE)
+    if TARGET == INTERPRETED:
+        return tl.dot(values.to(tl.float32), x.to(tl.float32), acc)
+    else:
+        return tl.dot(values, x, acc)
+
+
+@triton.jit
 def _multiply(
     X,
     W,
@@ -173,17 +198,50 @@ def _multiply(
             words = tl.load(Words + at * 2, mask=(at * 2 + word < 2 * K)[None, :], other=0)
         scales = tl.load(Scales + k * BK)
         x = tl.load(Rows + at, mask=ok[:, None], other=0.0)
-        words = words.reshape(BN // 16, BK // 32, 16, 4).permute(0, 2, 1, 3).reshape(BN, BK // 8)
-        if HALVES == SEPARATED:
-            scales = scales.reshape(2, BN // 64, BK // 64, 16, 2, 2).permute(0, 1, 5, 3, 4, 2).reshape(BN, BK // 32)
-        else:
-            scales = scales.reshape(BN // 32, BK // 64, 16, 2, 2).permute(4, 0, 2, 3, 1).reshape(BN, BK // 32)
-        values = bf16_of_words(words, scales, TARGET, WIDE)
-        if TARGET == INTERPRETED:
-            acc = tl.dot(values.to(tl.float32), x.trans(1, 0).to(tl.float32), acc)
-        else:
-            acc = tl.dot(values, x.trans(1, 0), acc)
+        acc = _add_product(words, scales, x.trans(1, 0), acc, BN, BK, HALVES, TARGET, WIDE)
     return acc
+
+
+@triton.jit
+def _one_after_the_other(
+    X,
+    W,
+    S,
+    source,
+    ok,
+    n,
+    Bias,
+    Y,
+    slot,
+    row,
+    expert,
+    STRIPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
+    TARGET: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``RUN`` tiles of a weight of 256 columns without halves: rows of activations are loaded once for all of them."""
+    column = tl.arange(0, 128)
+    Rows = X + source[:, None].to(tl.int64) * 256 + ((column // 64) * 128 + column % 64)[None, :]
+    x0 = tl.load(Rows, mask=ok[:, None], other=0.0).trans(1, 0)
+    x1 = tl.load(Rows + 64, mask=ok[:, None], other=0.0).trans(1, 0)
+    word = tl.arange(0, 256)
+    word = (word // 128) * 256 + word % 128
+    for each in tl.range(n * RUN, n * RUN + RUN, num_stages=STAGES):
+        strip, tile = _strips(each, STRIPS, BN, NO_HALVES, False)
+        Words = W.to(tl.pointer_type(tl.int32)) + strip[:, None] * 512 + word[None, :]
+        Scales = S + tile[:, None] * 256 + column[None, :]
+        words0, words1 = tl.load(Words), tl.load(Words + 128)
+        scales0, scales1 = tl.load(Scales), tl.load(Scales + 128)
+        acc = tl.zeros((BN, BM), dtype=tl.float32)
+        acc = _add_product(words0, scales0, x0, acc, BN, 128, NO_HALVES, TARGET, WIDE)
+        acc = _add_product(words1, scales1, x1, acc, BN, 128, NO_HALVES, TARGET, WIDE)
+        _finish(acc, Bias, None, Y, slot, row, ok, expert, each, ROWS, OUT, BM, BN, None, 0.0, 0.0, None, False)
 
 
 @triton.jit
@@ -263,6 +321,8 @@ def _tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     p0,
     p1,
@@ -283,14 +343,19 @@ def _tile(
     STEPS: tl.constexpr = COLUMNS // BK // PARTS
     W += expert * (STRIPS * 8 * K)
     S += expert * (STRIPS * 16 * (COLUMNS // 32))
-    if TARGET == CDNA4:
+    if RUN > 1:
+        _one_after_the_other(
+            X, W, S, source, ok, n, Bias, Y, slot, row, expert, STRIPS, ROWS, OUT, BM, BN, RUN, STAGES, TARGET, WIDE
+        )
+        acc = None
+    elif TARGET == CDNA4:
         source = tl.where(ok, source, 0)
         acc = _multiply_cdna4(X, W, S, source, n, part * STEPS, STRIPS, K, COLUMNS, STEPS, BM, BN, HALVES)
     else:
         acc = _multiply(
             X, W, S, source, ok, n, part * STEPS, STRIPS, K, COLUMNS, STEPS, BM, BN, BK, HALVES, TARGET, WIDE
         )
-    last = True
+    last = RUN == 1
     if PARTS > 1:
         tile = block.to(tl.int64) * TILES + n
         place = Partial + tile * (PARTS * BN * BM1) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -334,6 +399,8 @@ def stage(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RULE: tl.constexpr,
     HALVES: tl.constexpr,
@@ -350,11 +417,12 @@ def stage(
         Weight: ``[slots]``, applied before the bias, or None.
         Y: bfloat16 ``[rows, OUT]``: of the schedule's rows after the first stage, of slots after the second.
         Slot, Blocks: the schedule's.
+        RUN: tiles of a program, where COLUMNS are 256; or 1.
         Partial, Arrived: float32 sums and int32 zeros, for ``PARTS`` of the columns, each another program's.
         p0, p1: the activation's parameters.
     """
-    block = tl.program_id(0) // (TILES * PARTS)
-    n = tl.program_id(0) % (TILES * PARTS) // PARTS
+    block = tl.program_id(0) // (TILES // RUN * PARTS)
+    n = tl.program_id(0) % (TILES // RUN * PARTS) // PARTS
     part = tl.program_id(0) % PARTS
     after_the_kernel_before(OVERLAP)
     kind = tl.load(Blocks + 4 * block)
@@ -367,18 +435,18 @@ def stage(
             if kind >= SMALL:
                 _tile(
                     X, W, S, Bias, Weight, Y, Slot, Partial, Arrived, expert, begin, row0, rows, block, n, part, STRIPS,
-                    K, COLUMNS, ROWS, OUT, TILES, TOPK, BM2, BM1, BN, BK, PARTS, ACTIVATION, p0, p1, RULE, HALVES,
-                    TARGET, WIDE,
+                    K, COLUMNS, ROWS, OUT, TILES, TOPK, BM2, BM1, BN, BK, PARTS, RUN, STAGES,
+                    ACTIVATION, p0, p1, RULE, HALVES, TARGET, WIDE,
                 )  # fmt: skip
             else:
                 _tile(
                     X, W, S, Bias, Weight, Y, Slot, Partial, Arrived, expert, begin, row0, rows, block, n, part, STRIPS,
-                    K, COLUMNS, ROWS, OUT, TILES, TOPK, BM1, BM1, BN, BK, PARTS, ACTIVATION, p0, p1, RULE, HALVES,
-                    TARGET, WIDE,
+                    K, COLUMNS, ROWS, OUT, TILES, TOPK, BM1, BM1, BN, BK, PARTS, RUN, STAGES,
+                    ACTIVATION, p0, p1, RULE, HALVES, TARGET, WIDE,
                 )  # fmt: skip
         else:
             _tile(
                 X, W, S, Bias, Weight, Y, Slot, Partial, Arrived, expert, begin, row0, rows, block, n, part, STRIPS, K,
-                COLUMNS, ROWS, OUT, TILES, TOPK, BM1, BM1, BN, BK, PARTS, ACTIVATION, p0, p1, RULE, HALVES,
+                COLUMNS, ROWS, OUT, TILES, TOPK, BM1, BM1, BN, BK, PARTS, RUN, STAGES, ACTIVATION, p0, p1, RULE, HALVES,
                 TARGET, WIDE,
             )  # fmt: skip

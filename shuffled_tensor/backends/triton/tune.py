@@ -20,6 +20,8 @@ class Tile(NamedTuple):
     stages: int
     parts: int = 1
     """Programs that share the columns, where there are too few tiles for the GPU."""
+    run: int = 1
+    """Tiles of a program, of a weight of 256 columns."""
 
 
 class Plan(NamedTuple):
@@ -40,7 +42,7 @@ _TILES = 264
 """That fill a GPU: two for each of 132 processors."""
 
 
-def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int]) -> Plan:
+def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int], cdna4: bool) -> Plan:
     """For so many slots of experts at hand, and so many tiles of 128 rows and padded columns of either weight."""
     _, rows, small, stages = next(row for row in _ROWS if slots <= row[0] * experts)
 
@@ -48,6 +50,10 @@ def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int])
         parts = 1
         while parts < 8 and min(slots, experts) * count * parts < _TILES and width // 128 % (2 * parts) == 0:
             parts *= 2
-        return Tile(128, 128, 4, stages, parts)
+        run = 1
+        if width == 256 and not cdna4:
+            enough = (each for each in (14, 7, 8, 4, 2) if count % each == 0)
+            run = next((each for each in enough if min(slots, experts) * count >= 2 * _TILES * each), 1)
+        return Tile(128, 128, 4, 3 if run > 1 else stages, 1 if run > 1 else parts, run)
 
     return Plan(rows, small, tile(tiles[0], columns[0]), tile(tiles[1], columns[1]))
