@@ -16,9 +16,19 @@ pytest.importorskip("triton", reason="no Triton is installed here to compile wit
 
 
 @cache
-def loop(arch: str, rows: int, halves: int, stages: int, wide: str = "narrow") -> dict[str, int]:
+def loop(arch: str, rows: int, halves: int, stages: int, wide: str = "narrow", run: int = 1) -> dict[str, int]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.compiled", arch, str(rows), str(halves), str(stages), wide]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.compiled",
+        arch,
+        str(rows),
+        str(halves),
+        str(stages),
+        wide,
+        str(run),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -44,9 +54,10 @@ def test_gfx942_multiplies_on_matrix_cores_from_wide_loads() -> None:
     assert not [name for name in found if "ubyte" in name or "sbyte" in name]
 
 
+@pytest.mark.parametrize(("halves", "run"), [(1, 1), (0, 4)])
 @pytest.mark.parametrize("wide", ["narrow", "wide"])
-def test_sm_90_copies_16_bytes_at_a_time_and_multiplies_from_registers(wide: str) -> None:
-    found = loop("sm_90", 16, 1, 5, wide)
+def test_sm_90_copies_16_bytes_at_a_time_and_multiplies_from_registers(wide: str, halves: int, run: int) -> None:
+    found = loop("sm_90", 16, halves, 4, wide, run)
     assert found["wgmma"] >= 8
     assert found["16-byte copies"] >= 0.8 * found["copies"]
     assert found["local"] == 0

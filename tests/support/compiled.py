@@ -22,11 +22,12 @@ TARGETS = {"gfx950": ("hip", "gfx950", 64), "gfx942": ("hip", "gfx942", 64), "sm
 TARGET_OF = {"gfx950": numbers.CDNA4, "gfx942": numbers.PLAIN, "sm_90": numbers.HOPPER}
 
 
-def compiled_stage(arch: str, rows: int, halves: int, stages: int = 4, wide: bool = False) -> Any:
-    """A stage of gpt-oss's shape, for blocks of so many rows."""
+def compiled_stage(arch: str, rows: int, halves: int, stages: int = 4, wide: bool = False, run: int = 1) -> Any:
+    """A stage of gpt-oss's shape, for blocks of so many rows; with a ``run`` of tiles, one of 256 columns."""
+    columns = 3072 if run == 1 else 256
     pointers = {"X": "*bf16", "W": "*u8", "S": "*u8", "Y": "*bf16", "Slot": "*i32", "Blocks": "*i32"}
     signature = dict.fromkeys(stage.arg_names, "constexpr") | pointers | {"p0": "fp32", "p1": "fp32"}
-    constants = {"Bias": None, "Weight": None, "Partial": None, "Arrived": None, "K": 3072, "COLUMNS": 3072}
+    constants = {"Bias": None, "Weight": None, "Partial": None, "Arrived": None, "K": columns, "COLUMNS": columns}
     constants |= {"STRIPS": 384 if halves else 192, "ROWS": 3072, "OUT": 3072, "TILES": 48 if halves else 24, "TOPK": 4}
     constants |= {
         "BM1": rows,
@@ -34,7 +35,7 @@ def compiled_stage(arch: str, rows: int, halves: int, stages: int = 4, wide: boo
         "BN": 128,
         "BK": 128,
         "PARTS": 1,
-        "RUN": 1,
+        "RUN": run,
         "STAGES": stages,
         "RULE": None,
         "HALVES": halves,
@@ -60,8 +61,8 @@ def amdgcn_loop(kernel: Any) -> list[str]:
     return [line.split()[0] for line in body if line and not line.endswith(":") and not line.startswith(".")]
 
 
-def main(arch: str, rows: str, halves: str, stages: str, wide: str) -> None:
-    kernel = compiled_stage(arch, int(rows), int(halves), int(stages), wide == "wide")
+def main(arch: str, rows: str, halves: str, stages: str, wide: str, run: str) -> None:
+    kernel = compiled_stage(arch, int(rows), int(halves), int(stages), wide == "wide", int(run))
     if arch == "sm_90":
         ptx = kernel.asm["ptx"]
         counts = {name: len(re.findall(pattern, ptx)) for name, pattern in {

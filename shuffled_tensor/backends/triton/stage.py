@@ -347,30 +347,30 @@ def _tile(
         _one_after_the_other(
             X, W, S, source, ok, n, Bias, Y, slot, row, expert, STRIPS, ROWS, OUT, BM, BN, RUN, STAGES, TARGET, WIDE
         )
-        acc = None
-    elif TARGET == CDNA4:
-        source = tl.where(ok, source, 0)
-        acc = _multiply_cdna4(X, W, S, source, n, part * STEPS, STRIPS, K, COLUMNS, STEPS, BM, BN, HALVES)
     else:
-        acc = _multiply(
-            X, W, S, source, ok, n, part * STEPS, STRIPS, K, COLUMNS, STEPS, BM, BN, BK, HALVES, TARGET, WIDE
-        )
-    last = RUN == 1
-    if PARTS > 1:
-        tile = block.to(tl.int64) * TILES + n
-        place = Partial + tile * (PARTS * BN * BM1) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(place + part * (BN * BM), acc)
-        tl.debug_barrier()
-        last = tl.atomic_add(Arrived + tile, 1, sem="acq_rel", scope="gpu") == PARTS - 1
-        if last:  # whoever it is, it adds them in one order
-            acc = tl.zeros((BN, BM), dtype=tl.float32)
-            for each in tl.static_range(PARTS):
-                acc += tl.load(place + each * (BN * BM), cache_modifier=".cg")
-    if last:
-        _finish(
-            acc, Bias, Weight, Y, slot, row, ok, expert, n, ROWS, OUT, BM, BN, ACTIVATION, p0, p1, RULE,
-            TARGET != CDNA4,
-        )  # fmt: skip
+        if TARGET == CDNA4:
+            source = tl.where(ok, source, 0)
+            acc = _multiply_cdna4(X, W, S, source, n, part * STEPS, STRIPS, K, COLUMNS, STEPS, BM, BN, HALVES)
+        else:
+            acc = _multiply(
+                X, W, S, source, ok, n, part * STEPS, STRIPS, K, COLUMNS, STEPS, BM, BN, BK, HALVES, TARGET, WIDE
+            )
+        last = True
+        if PARTS > 1:
+            tile = block.to(tl.int64) * TILES + n
+            place = Partial + tile * (PARTS * BN * BM1) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+            tl.store(place + part * (BN * BM), acc)
+            tl.debug_barrier()
+            last = tl.atomic_add(Arrived + tile, 1, sem="acq_rel", scope="gpu") == PARTS - 1
+            if last:  # whoever it is, it adds them in one order
+                acc = tl.zeros((BN, BM), dtype=tl.float32)
+                for each in tl.static_range(PARTS):
+                    acc += tl.load(place + each * (BN * BM), cache_modifier=".cg")
+        if last:
+            _finish(
+                acc, Bias, Weight, Y, slot, row, ok, expert, n, ROWS, OUT, BM, BN, ACTIVATION, p0, p1, RULE,
+                TARGET != CDNA4,
+            )  # fmt: skip
 
 
 @triton.jit
