@@ -291,6 +291,7 @@ def test_expert_parallelism_without_a_mask(device: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("tuned", [True, False])
+@pytest.mark.usefixtures("no_triton")
 def test_what_is_explained_is_what_happens(
     version: str, tuned: bool, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
@@ -420,6 +421,7 @@ def test_drop_in(version: str, call: Callable[..., Tensor], mode: Callable[[], A
         assert not out[:, HIDDEN:].any()
 
 
+@pytest.mark.usefixtures("no_triton")
 def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
     with override_arch("gfx950"), fake_aiter("#4542") as fake:
         import aiter

@@ -15,6 +15,7 @@ tl = triton.language
 
 from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, explain, fused_moe, quantize  # noqa: E402
 from shuffled_tensor.backends.triton import Triton, layer, numbers, tune  # noqa: E402
+from shuffled_tensor.backends.triton import stage as stage_module  # noqa: E402
 from shuffled_tensor.backends.triton.rows import begin  # noqa: E402
 from shuffled_tensor.backends.triton.schedule import BAD, ELSEWHERE, SMALL, place, starts  # noqa: E402
 
@@ -71,10 +72,12 @@ def on_cpu(values: dict[str, object]) -> dict[str, object]:
         (30, 2, 160, 224, 32, {"activation": "silu", "swiglu_limit": 0.1}),
     ],
 )
-@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize(("biases", "full"), [(False, False), (True, True)])
 def test_a_layer_is_what_float64_says(
     device: str,
     bound: float,
+    full: bool,
+    monkeypatch: pytest.MonkeyPatch,
     kind: str,
     tokens: int,
     experts: int,
@@ -84,6 +87,8 @@ def test_a_layer_is_what_float64_says(
     options: dict[str, object],
     biases: bool,
 ) -> None:
+    if full:
+        monkeypatch.setattr(tune, "_TILES", 1)  # as if there were tiles enough for the GPU
     w13, w2 = weights(device, experts, hidden, intermediate, align)
     x = torch.randn(tokens, hidden).bfloat16().to(device)
     weight, ids = routing(device, tokens, experts, 2)
@@ -114,6 +119,53 @@ def test_tiles_of_few_columns_one_after_the_other(
     expected = dense_moe(x.cpu(), dense13, dense2, weight.cpu(), ids.cpu(), **on_cpu(bias))
     assert tune.plan(40, 2, [8, 4], [512, 256], False).second.run == 4
     assert error(fused_moe(x, w13, w2, weight, ids, backend="triton", **bias), expected) < bound
+
+
+@triton.jit
+def tiles_by_arithmetic(words, scale):
+    """What gfx950's instruction makes of words: codes by their place in it, bits from the last to the first."""
+    words = words.to(tl.int32)
+    factor = numbers.powers_of_two(scale)
+    first = tl.join(numbers.fp4_values(words & 15) * factor, numbers.fp4_values((words >> 4) & 15) * factor)
+    second = tl.join(numbers.fp4_values((words >> 8) & 15) * factor, numbers.fp4_values((words >> 12) & 15) * factor)
+    third = tl.join(numbers.fp4_values((words >> 16) & 15) * factor, numbers.fp4_values((words >> 20) & 15) * factor)
+    fourth = tl.join(numbers.fp4_values((words >> 24) & 15) * factor, numbers.fp4_values((words >> 28) & 15) * factor)
+    return tl.join(tl.join(first, second), tl.join(third, fourth)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot_of_float32(a, b, acc, TARGET: tl.constexpr):
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("hidden", "intermediate", "align"), [(512, 256, 256), (352, 160, 32)])
+def test_the_form_for_gfx950_reads_the_same_bytes(
+    device: str,
+    bound: float,
+    kind: str,
+    full: bool,
+    hidden: int,
+    intermediate: int,
+    align: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its order of columns and of rows, with arithmetic in place of its instruction."""
+    if device == "cuda":
+        pytest.skip("waits for --device cpu: another GPU does not run this form")
+    monkeypatch.setattr(stage_module, "bf16_of_tiles", tiles_by_arithmetic)
+    monkeypatch.setattr(stage_module, "_dot", dot_of_float32)
+    monkeypatch.setattr(layer, "_target", lambda device: (numbers.CDNA4.value, False))
+    if full:
+        monkeypatch.setattr(tune, "_TILES", 1)
+    w13, w2 = weights(device, 3, hidden, intermediate, align)
+    x, (weight, ids) = torch.randn(7, hidden).bfloat16(), routing(device, 7, 3, 2)
+    dense13, dense2 = (w.dequantize(torch.float64) for w in (w13, w2))
+    expected = dense_moe(x, dense13, dense2, weight, ids)
+    for w in (w13, w2):
+        w.shuffle_(kind)
+    assert error(fused_moe(x, w13, w2, weight, ids, backend="triton"), expected) < bound
 
 
 def test_a_weight_of_no_layout_is_laid_out_and_a_fixed_one_stays(device: str) -> None:

@@ -33,7 +33,7 @@ def compiled_stage(arch: str, rows: int, halves: int, stages: int = 4, wide: boo
         "BM1": rows,
         "BM2": 0,
         "BN": 128,
-        "BK": 128,
+        "BK": 256 if arch == "gfx950" else 128,
         "PARTS": 1,
         "RUN": run,
         "STAGES": stages,

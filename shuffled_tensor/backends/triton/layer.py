@@ -108,7 +108,7 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
             ACTIVATION=call.activation if own else None, RULE=call.intermediate_scale_rule if own else None,
             HALVES=halves.value, TARGET=target, WIDE=packed.largest_scale() > numbers.FULL_RANGE.value,
             num_warps=tile.warps,
-            num_stages=1 if target == numbers.CDNA4.value else tile.stages, **launch,
+            num_stages=tile.stages, **launch,
         )  # fmt: skip
     leave[(tokens, -(-hidden // 1024))](
         parts, None if call.doweight_stage1 else weight, kind, out, H=hidden, COLUMNS=parts.shape[1], TOPK=topk,

@@ -127,6 +127,13 @@ def _strips(n, STRIPS: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, IN_
 
 
 @triton.jit
+def _dot(a, b, acc, TARGET: tl.constexpr):
+    if TARGET == INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
 def _add_product(
     words,
     scales,
@@ -145,10 +152,7 @@ def _add_product(
     else:
         scales = scales.reshape(BN // 32, BK // 64, 16, 2, 2).permute(4, 0, 2, 3, 1).reshape(BN, BK // 32)
     values = bf16_of_words(words, scales, TARGET, WIDE)
-    if TARGET == INTERPRETED:
-        return tl.dot(values.to(tl.float32), x.to(tl.float32), acc)
-    else:
-        return tl.dot(values, x, acc)
+    return _dot(values, x, acc, TARGET)
 
 
 @triton.jit
@@ -285,7 +289,7 @@ def _multiply_cdna4(
         scales = scales.reshape(2, BN // 16, 4, 16, 1).broadcast_to(2, BN // 16, 4, 16, 4)
         values = bf16_of_tiles(words.reshape(2, BN // 16, 4, 16, 4), scales)
         values = values.permute(1, 3, 0, 4, 2, 7, 6, 5).reshape(BN, 256)
-        acc = tl.dot(x, values.trans(1, 0), acc)
+        acc = _dot(x, values.trans(1, 0), acc, CDNA4)
     if HALVES == SEPARATED:
         return acc.trans(1, 0)
     return acc.reshape(BM, BN // 32, 2, 16).permute(2, 1, 3, 0).reshape(BN, BM)
@@ -349,6 +353,7 @@ def _tile(
         )
     else:
         if TARGET == CDNA4:
+            tl.static_assert(BK == 256)
             source = tl.where(ok, source, 0)
             acc = _multiply_cdna4(X, W, S, source, n, part * STEPS, STRIPS, K, COLUMNS, STEPS, BM, BN, HALVES)
         else:

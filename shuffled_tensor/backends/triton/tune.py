@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     second: Tile
 
 
-_ROWS = ((10, 16, 0, 5), (20, 32, 16, 5), (48, 64, 32, 4), (96, 128, 64, 3), (1 << 30, 128, 32, 3))
+_ROWS = ((10, 16, 0, 4), (20, 32, 16, 4), (48, 64, 32, 4), (96, 128, 64, 3), (1 << 30, 128, 32, 3))
 """Up to so many slots an expert: a block's rows, a small one's, and stages."""
 
 _TILES = 264
@@ -45,15 +45,20 @@ _TILES = 264
 def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int], cdna4: bool) -> Plan:
     """For so many slots of experts at hand, and so many tiles of 128 rows and padded columns of either weight."""
     _, rows, small, stages = next(row for row in _ROWS if slots <= row[0] * experts)
+    active = min(slots, experts)
 
     def tile(count: int, width: int) -> Tile:
-        parts = 1
-        while parts < 8 and min(slots, experts) * count * parts < _TILES and width // 128 % (2 * parts) == 0:
-            parts *= 2
-        run = 1
-        if width == 256 and not cdna4:
+        if active * count < _TILES:  # too few, even where each has several programs: twice as many, of half the rows
+            steps = width // 256
+            parts = [each for each in range(1, 9) if steps % each == 0]
+            enough = (each for each in parts if 2 * active * count * each >= 1.5 * _TILES)
+            return Tile(64, 256, 4, 1 if cdna4 else 3, next(enough, parts[-1]))
+        if cdna4:
+            return Tile(128, 256, 4, 1)
+        if width == 256:
             enough = (each for each in (14, 7, 8, 4, 2) if count % each == 0)
-            run = next((each for each in enough if min(slots, experts) * count >= 2 * _TILES * each), 1)
-        return Tile(128, 128, 4, 3 if run > 1 else stages, 1 if run > 1 else parts, run)
+            run = next((each for each in enough if active * count >= 2 * _TILES * each), 1)
+            return Tile(128, 128, 4, 3 if run > 1 else stages, 1, run)
+        return Tile(128, 128, 4, stages)
 
     return Plan(rows, small, tile(tiles[0], columns[0]), tile(tiles[1], columns[1]))
