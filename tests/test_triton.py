@@ -117,7 +117,7 @@ def test_tiles_of_few_columns_one_after_the_other(
     bias = {"w2_bias": torch.randn(2, 448, device=device)} if biases else {}
     dense13, dense2 = (w.dequantize(torch.float64).cpu() for w in (w13, w2))
     expected = dense_moe(x.cpu(), dense13, dense2, weight.cpu(), ids.cpu(), **on_cpu(bias))
-    assert tune.plan(40, 2, [8, 4], [512, 256], False).second.run == 4
+    assert tune.plan(40, 2, [8, 4], [512, 256], False, True).second.run == 4
     assert error(fused_moe(x, w13, w2, weight, ids, backend="triton", **bias), expected) < bound
 
 

@@ -59,7 +59,8 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
     # what a GEMM reads: its weight's columns, to whole tiles of scales
     widths = [weight.scale.shape[-1] * BLOCK for weight in (call.w13, call.w2)]
     tiles = [widths[1] // 64, -(-hidden // 128)]
-    plan = tune.plan(-(-slots * experts // known), experts, tiles, widths, target == numbers.CDNA4.value)
+    narrow = 2 * call.w2.qdata.shape[2] == 256
+    plan = tune.plan(-(-slots * experts // known), experts, tiles, widths, target == numbers.CDNA4.value, narrow)
     tiles = [2 * widths[1] // plan.first.rows, round_up(hidden, 128) // plan.second.rows]
     blocks = min(slots, experts + slots // plan.rows)
     few = slots <= _FEW

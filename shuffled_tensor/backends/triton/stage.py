@@ -348,6 +348,7 @@ def _tile(
     W += expert * (STRIPS * 8 * K)
     S += expert * (STRIPS * 16 * (COLUMNS // 32))
     if RUN > 1:
+        tl.static_assert(ACTIVATION is None and K == 256 and COLUMNS == 256)
         _one_after_the_other(
             X, W, S, source, ok, n, Bias, Y, slot, row, expert, STRIPS, ROWS, OUT, BM, BN, RUN, STAGES, TARGET, WIDE
         )

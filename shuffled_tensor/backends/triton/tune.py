@@ -42,12 +42,13 @@ _TILES = 264
 """That fill a GPU: two for each of 132 processors."""
 
 
-def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int], cdna4: bool) -> Plan:
-    """For so many slots of experts at hand, and so many tiles of 128 rows and padded columns of either weight."""
+def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int], cdna4: bool, narrow: bool) -> Plan:
+    """For so many slots of experts at hand, and so many tiles of 128 rows and padded columns of either weight;
+    ``narrow`` says that the second has 256 columns of codes."""
     _, rows, small, stages = next(row for row in _ROWS if slots <= row[0] * experts)
     active = min(slots, experts)
 
-    def tile(count: int, width: int) -> Tile:
+    def tile(count: int, width: int, runs: bool) -> Tile:
         if active * count < _TILES:  # too few, even where each has several programs: twice as many, of half the rows
             steps = width // 256
             parts = [each for each in range(1, 9) if steps % each == 0]
@@ -55,10 +56,10 @@ def plan(slots: int, experts: int, tiles: Sequence[int], columns: Sequence[int],
             return Tile(64, 256, 4, 1 if cdna4 else 3, next(enough, parts[-1]))
         if cdna4:
             return Tile(128, 256, 4, 1)
-        if width == 256:
+        if runs:
             enough = (each for each in (14, 7, 8, 4, 2) if count % each == 0)
             run = next((each for each in enough if active * count >= 2 * _TILES * each), 1)
             return Tile(128, 128, 4, 3 if run > 1 else stages, 1, run)
         return Tile(128, 128, 4, stages)
 
-    return Plan(rows, small, tile(tiles[0], columns[0]), tile(tiles[1], columns[1]))
+    return Plan(rows, small, tile(tiles[0], columns[0], False), tile(tiles[1], columns[1], narrow))
