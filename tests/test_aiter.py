@@ -421,7 +421,6 @@ def test_drop_in(version: str, call: Callable[..., Tensor], mode: Callable[[], A
         assert not out[:, HIDDEN:].any()
 
 
-@pytest.mark.usefixtures("no_triton")
 def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
     with override_arch("gfx950"), fake_aiter("#4542") as fake:
         import aiter
@@ -438,7 +437,7 @@ def test_drop_in_refuses_what_contradicts_the_weights(device: str) -> None:
             "scale to write": {"w1_scale": w13.scale_view},
             "quant type": {"quant_type": aiter.QuantType.No},
             "block size": {"block_size_M": 32},
-            "local tokens": {"num_local_tokens": torch.tensor([3], dtype=torch.int32)},
+            "local tokens": {"num_local_tokens": torch.tensor([3], dtype=torch.int32, device=device)},
             "a2 scale": {"a2_scale": w13.scale},
             "pads": {"hidden_pad": 32},
             "activation": {"activation": aiter.ActivationType.Gelu},

@@ -191,6 +191,21 @@ def test_what_it_does_not_take_is_said(device: str) -> None:
     assert fused_moe(x[:0].bfloat16(), w13, w2, weight[:0], ids[:0], backend="triton").shape == (0, 256)
 
 
+def test_some_of_the_experts(device: str, bound: float) -> None:
+    """Neighbours are read where they are; others, with gaps between them, go to the reference."""
+    w13, w2 = weights(device, 4, 256, 256)
+    x, (weight, ids) = torch.randn(6, 256, device=device).bfloat16(), routing(device, 6, 2, 2)
+    for taken, backend in ((slice(1, 3), "triton"), (slice(None, None, 2), "reference")):
+        some = w13[taken], w2[taken]
+        dense13, dense2 = (w.dequantize(torch.float64)[taken].cpu() for w in (w13, w2))
+        expected = dense_moe(x.cpu(), dense13, dense2, weight.cpu(), ids.cpu())
+        assert explain(x, *some, weight, ids).backend == backend
+        assert error(fused_moe(x, *some, weight, ids), expected) < bound
+    for name, apart in (("w13", (some[0], w2[:2])), ("w2", (w13[:2], some[1]))):
+        with pytest.raises(ValueError, match=f"the experts of {name} are not contiguous in memory; .clone"):
+            fused_moe(x, *apart, weight, ids, backend="triton")
+
+
 @pytest.mark.parametrize("rule", SCALE_RULES)
 def test_activations_are_rounded_to_mxfp4(device: str, bound: float, rule: str) -> None:
     w13, w2 = weights(device, 2, 256, 256)
@@ -346,7 +361,8 @@ def test_wrong_data_gives_nan_for_its_token_and_for_no_other(device: str, bound:
 
 def test_experts_of_other_ranks_add_nothing(device: str, bound: float) -> None:
     w13, w2 = weights(device, 2, 256, 256)
-    mask = torch.tensor([0, 1, 0, 1], dtype=torch.int32, device=device)
+    masks = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1]], dtype=torch.int32, device=device)
+    mask = masks[:, 1]  # a rank's column, with another's between its numbers
     x, (weight, ids) = torch.randn(6, 256, device=device).bfloat16(), routing(device, 6, 4, 3)
     count = torch.tensor(4, dtype=torch.int32, device=device)
     dense13, dense2 = (w.dequantize(torch.float64).cpu() for w in (w13, w2))

@@ -48,6 +48,9 @@ class Triton(Backend):
             return "it multiplies bfloat16, and hidden_states are float32; activation_dtype='mxfp4' rounds them"
         if not 0 < len(call.w13.qdata) < 1 << 16:
             return f"it takes 1 to 65535 experts, found {len(call.w13.qdata)}"
+        for name, weight in (("w13", call.w13), ("w2", call.w2)):
+            if not (weight.qdata.is_contiguous() and weight.scale.is_contiguous()):
+                return f"the experts of {name} are not contiguous in memory; .clone() them"
         return None
 
     def describe(self, call: MoECall[PackedWeight]) -> Description:

@@ -79,7 +79,8 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
         call.hidden_states.contiguous().view(torch.uint8) if call.hidden_scale is not None
         else call.hidden_states.contiguous(),
         None if call.hidden_scale is None else call.hidden_scale.contiguous().view(torch.uint8),
-        x, call.topk_ids.contiguous(), call.expert_mask, call.num_local_tokens, kind, slot, block,
+        x, call.topk_ids.contiguous(), None if call.expert_mask is None else call.expert_mask.contiguous(),
+        call.num_local_tokens, kind, slot, block,
         None if few else counts, arrived if sum(counters) else None, tokens, slots, chunks, blocks, sum(counters),
         H=hidden, COLUMNS=widths[0], RULE=call.intermediate_scale_rule, PAIRED=target != numbers.CDNA4.value,
         RB=at_a_time, BH=256, E=experts, TOPK=topk, GLOBAL=known, GP=triton.next_power_of_2(known),
