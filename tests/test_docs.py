@@ -19,6 +19,7 @@ from shuffled_tensor.cli import main
 from shuffled_tensor.testing import fake_aiter
 
 from .support.checkpoints import in_format, layer_name, make_dense, write_sharded
+from .support.reports import unversioned
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -99,8 +100,8 @@ def is_path(word: str) -> bool:
 
 
 def comparable(text: str) -> str:
-    """Without what differs between machines and runs: checksums, addresses, trailing blanks."""
-    text = re.sub(r"\b[0-9a-f]{12}([0-9a-f]{52})?\b", "checksum", text)
+    """Without what differs between machines and runs: checksums, addresses, versions, trailing blanks."""
+    text = re.sub(r"\b[0-9a-f]{12}([0-9a-f]{52})?\b", "checksum", unversioned(text))
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 

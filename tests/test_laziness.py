@@ -16,12 +16,14 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, arch, explain, fused_moe, override_arch, prepare
-from shuffled_tensor.backends import base
+from shuffled_tensor.backends import base, triton
 from shuffled_tensor.backends.aiter import versions
+from shuffled_tensor.backends.doctor import doctor
 from shuffled_tensor.moe import op
 from shuffled_tensor.testing import fake_aiter
 
 from .support.layer import MoE, ShuffleCount, make_layer, make_weight
+from .support.reports import unversioned
 
 
 @pytest.fixture
@@ -258,9 +260,7 @@ def test_importing_the_package_imports_neither_aiter_nor_triton() -> None:
 
 def test_doctor() -> None:
     def run() -> str:
-        from shuffled_tensor.backends.doctor import doctor
-
-        return doctor().replace(torch.__version__, "<version>")
+        return unversioned(doctor())
 
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU: its report is shown here")
@@ -273,17 +273,17 @@ def test_doctor() -> None:
         """\
 torch         <version>
 aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
-triton        3.6.0
+triton        <version>
 cpu           cpu
   aiter       no: aiter's MXFP4 kernels run on gfx950, not on cpu
   triton      no: it compiles for GPUs, found cpu
   reference   yes, reads any layout
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
-to change     nothing: no device here is gfx950, and the reference backend runs everything
+to change     nothing: neither aiter nor triton runs here, and the reference backend runs everything
 
 torch         <version>
 aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
-triton        3.6.0
+triton        <version>
 cpu           gfx950
   aiter       yes, reads 'mxfp4_separated', 'mxfp4_moe'
   triton      no: it compiles for GPUs, found cpu
@@ -295,6 +295,38 @@ to change     nothing: weights are shuffled on first use""",
         assert "install or repair aiter" in run()
     command = [sys.executable, "-m", "shuffled_tensor", "doctor"]
     assert "torch  " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "too_old", "here", "change"),
+    [
+        (True, None, "yes, reads 'mxfp4_separated', 'mxfp4_moe'", "nothing: weights are shuffled on first use"),
+        (
+            False,
+            None,
+            "no: no triton is installed",
+            "install triton, in the version that PyTorch's build for GPUs asks for",
+        ),
+        (
+            False,
+            "old",
+            "no: old",
+            "nothing: neither aiter nor triton runs here, and the reference backend runs everything",
+        ),
+    ],
+)
+def test_doctor_on_another_gpu(
+    installed: bool, too_old: str | None, here: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(triton, "_installed", lambda: installed)
+    monkeypatch.setattr(triton, "_too_old", lambda device: too_old)
+    monkeypatch.setattr(triton, "version", lambda name: "3.6.0")
+    with override_arch("sm_90", "cuda"), fake_aiter("v0.1.18 and later"):
+        report = doctor().splitlines()
+    assert report[report.index("cuda:0        sm_90") + 2] == f"  triton      {here}"
+    assert report[-1] == f"to change     {change}"
+    assert f"triton        {'3.6.0' if installed else 'not installed'}" in report
 
 
 def test_capturing_a_graph_before_first_use_is_refused(device: str) -> None:

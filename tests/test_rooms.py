@@ -220,7 +220,6 @@ class MadeUp(Backend):
 
     name = "made up"
     arch = "mu100"
-    remedy = "buy one"
 
     def __init__(self) -> None:
         self.ran: list[str] = []

@@ -32,11 +32,13 @@ class Backend(ABC):
     arch: ClassVar[str | None] = None
     """The architecture that it is for: there, weights are laid out for it at first use, and any other backend is slow
     enough to be worth a line in the log. None where it is for no one of them."""
-    remedy: ClassVar[str] = ""
-    """What to install where it is missing."""
 
     def available(self, device: torch.device) -> str | None:
         """Why it cannot run anything on a device, or None."""
+        return None
+
+    def remedy(self, device: torch.device) -> str | None:
+        """What to install for it to run on a device; None where it runs already, or nothing would help."""
         return None
 
     def layouts(self, device: torch.device) -> tuple[Layout, ...]:

@@ -37,15 +37,11 @@ def _on(backend: Backend, device: torch.device) -> str:
 
 
 def _advice(devices: list[torch.device]) -> str:
-    here = [
-        (backend, unavailable(backend, device))
-        for backend in BACKENDS.values()
-        for device in devices
-        if backend.arch == arch(device)
-    ]
-    if not here:
-        wanted = " or ".join(backend.arch for backend in BACKENDS.values() if backend.arch is not None)
-        return f"nothing: no device here is {wanted}, and the {list(BACKENDS)[-1]} backend runs everything"
-    if any(reason is None for _, reason in here):
-        return "nothing: weights are shuffled on first use"
-    return "; ".join(dict.fromkeys(backend.remedy for backend, _ in here))
+    remedies = [backend.remedy(device) for backend in BACKENDS.values() for device in devices]
+    if any(remedies):
+        return "; ".join(dict.fromkeys(filter(None, remedies)))
+    *others, last = BACKENDS.values()
+    if all(unavailable(backend, device) for backend in others for device in devices):
+        names = " nor ".join(backend.name for backend in others)
+        return f"nothing: neither {names} runs here, and the {last.name} backend runs everything"
+    return "nothing: weights are shuffled on first use"

@@ -9,6 +9,7 @@ from torch import Tensor
 from shuffled_tensor.backends.aiter import call as _call
 from shuffled_tensor.backends.aiter import versions
 from shuffled_tensor.backends.base import Backend
+from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.moe.op import Description
@@ -23,10 +24,14 @@ class Aiter(Backend):
 
     name = "aiter"
     arch = versions.ARCH
-    remedy = "install or repair aiter (https://github.com/ROCm/aiter, distribution amd-aiter)"
 
     def available(self, device: torch.device) -> str | None:
         return versions.unusable(device)
+
+    def remedy(self, device: torch.device) -> str | None:
+        if arch(device) != self.arch or self.available(device) is None:
+            return None
+        return "install or repair aiter (https://github.com/ROCm/aiter, distribution amd-aiter)"
 
     def layouts(self, device: torch.device) -> tuple[Layout, ...]:
         return tuple(dict.fromkeys(way.layout for way in versions.detect().version.ways))

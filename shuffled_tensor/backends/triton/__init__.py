@@ -31,14 +31,16 @@ class Triton(Backend):
     """
 
     name = "triton"
-    remedy = "install triton, of PyTorch's own release"
 
     def available(self, device: torch.device) -> str | None:
-        if find_spec("triton") is None:
-            return "no triton is installed"
         if device.type != "cuda":
             return f"it compiles for GPUs, found {device.type}"
-        return _too_old(device)
+        return _too_old(device) or (None if _installed() else "no triton is installed")
+
+    def remedy(self, device: torch.device) -> str | None:
+        if device.type != "cuda" or _too_old(device) or _installed():
+            return None
+        return "install triton, in the version that PyTorch's build for GPUs asks for"
 
     def layouts(self, device: torch.device) -> tuple[Layout, ...]:
         return LAYOUTS["mxfp4_separated"], LAYOUTS["mxfp4_moe"]
@@ -64,7 +66,11 @@ class Triton(Backend):
         return run(call)
 
     def fingerprint(self) -> str | None:
-        return "not installed" if find_spec("triton") is None else version("triton")
+        return version("triton") if _installed() else "not installed"
+
+
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

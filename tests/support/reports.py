@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: MIT
+"""Reports of `explain` and `doctor`, as they are on every machine."""
+
+from __future__ import annotations
+
+import re
+
+
+def unversioned(report: str) -> str:
+    """Without the versions of what is installed here; a fake aiter's are kept."""
+    return re.sub(r"(?m)^(torch|triton)  .*", lambda line: f"{line[1]:14}<version>", report)
