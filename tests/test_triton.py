@@ -181,6 +181,17 @@ def test_a_weight_of_no_layout_is_laid_out_and_a_fixed_one_stays(device: str) ->
     assert torch.equal(by_fixed, by_free)
 
 
+def test_the_default_dtype_is_not_that_of_sums(device: str) -> None:
+    w13, w2 = weights(device, 2, 512, 512)
+    arguments = torch.randn(3, 512, device=device).bfloat16(), w13, w2, *routing(device, 3, 2, 2)
+    found = fused_moe(*arguments, backend="triton")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(fused_moe(*arguments, backend="triton"), found)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_it_does_not_take_is_said(device: str) -> None:
     w13, w2 = weights(device, 2, 256, 256)
     x, (weight, ids) = torch.randn(2, 256, device=device), routing(device, 2, 2, 1)

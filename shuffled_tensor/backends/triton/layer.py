@@ -101,16 +101,16 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
         stage[(blocks * count * tile.parts // tile.run,)](
             source, packed.qdata, packed.scale, None if bias is None else bias.contiguous(),
             weight if own and call.doweight_stage1 else None, result, slot, block,
-            torch.empty(blocks * count * tile.parts * tile.rows * plan.rows, device=device) if split else None,
+            torch.empty(blocks * count * tile.parts * tile.rows * plan.rows, dtype=torch.float32, device=device)
+            if split else None,
             done if split else None, *(*parameters, 0.0, 0.0)[:2],
             STRIPS=packed.qdata.shape[1] // 16, K=2 * packed.qdata.shape[2], COLUMNS=source.shape[1],
             ROWS=packed.geometry.rows // packed.geometry.halves, OUT=result.shape[1], TILES=count, TOPK=topk,
             BM1=plan.rows, BM2=plan.small, BN=tile.rows, BK=tile.columns, PARTS=tile.parts, RUN=tile.run,
-            STAGES=tile.stages,
-            ACTIVATION=call.activation if own else None, RULE=call.intermediate_scale_rule if own else None,
+            STAGES=tile.stages, ACTIVATION=call.activation if own else None,
+            RULE=call.intermediate_scale_rule if own else None,
             HALVES=halves.value, TARGET=target, WIDE=packed.largest_scale() > numbers.FULL_RANGE.value,
-            num_warps=tile.warps,
-            num_stages=tile.stages, **launch,
+            num_warps=tile.warps, num_stages=tile.stages, **launch,
         )  # fmt: skip
     leave[(tokens, -(-hidden // 1024))](
         parts, None if call.doweight_stage1 else weight, kind, out, H=hidden, COLUMNS=parts.shape[1], TOPK=topk,
