@@ -71,7 +71,7 @@ def layers(device: str) -> None:
             lambda: fused_moe(x, w13, w2, weight, ids, activation="swiglu", backend="reference", **biases),  # noqa: B023
         ]
         yardstick, ours = milliseconds(runs, device)
-        print(f"{f'tokens: {tokens}':24}{yardstick:12.1f}{ours:12.1f}{ours / yardstick:7.1f}x")
+        print(f"{f'{tokens} tokens':24}{yardstick:12.1f}{ours:12.1f}{ours / yardstick:7.1f}x")
 
 
 def quantising(device: str) -> None:
