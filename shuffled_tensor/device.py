@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["arch", "override_arch"]
+__all__ = ["arch", "override_arch", "real_arch"]
 
 _OVERRIDES: list[tuple[torch.device | None, str]] = []
 
@@ -21,7 +21,7 @@ def arch(device: torch.device | str) -> str:
     for scope, name in reversed(_OVERRIDES):
         if device.type in ("cpu", "cuda") if scope is None else _covers(scope, device):
             return name
-    return _read(device)
+    return real_arch(device)
 
 
 @contextmanager
@@ -40,7 +40,8 @@ def _covers(scope: torch.device, device: torch.device) -> bool:
 
 
 @cache
-def _read(device: torch.device) -> str:
+def real_arch(device: torch.device) -> str:
+    """The same, whatever is overridden: what a kernel is compiled for."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)

@@ -179,7 +179,7 @@ class Moved:
             self.sources.append(source.data_ptr())
 
         patch.setattr(moves, "move", noted)
-        patch.setattr(moves, "_compiles_for", lambda device: True)
+        patch.setattr(moves, "unusable", lambda device: None)
         patch.setattr(layouts, "_mover", self.mover)
 
     def since(self) -> list[tuple[str, bool, bool]]:

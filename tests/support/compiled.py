@@ -19,7 +19,7 @@ from shuffled_tensor.backends.triton import numbers
 from shuffled_tensor.backends.triton.stage import stage
 
 TARGETS = {"gfx950": ("hip", "gfx950", 64), "gfx942": ("hip", "gfx942", 64), "sm_90": ("cuda", 90, 32)}
-TARGET_OF = {"gfx950": numbers.CDNA4, "gfx942": numbers.PLAIN, "sm_90": numbers.HOPPER}
+TARGET_OF = {"gfx950": numbers.CDNA4, "gfx942": numbers.PLAIN, "sm_90": numbers.PTX}
 
 
 def compiled_stage(arch: str, rows: int, halves: int, stages: int = 4, wide: bool = False, run: int = 1) -> Any:

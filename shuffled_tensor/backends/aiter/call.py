@@ -235,9 +235,8 @@ def _arguments(call: MoECall[PackedWeight], question: Question, installed: Insta
 
 def _padded(data: Tensor, columns: int, value: int = 0) -> Tensor:
     pad = columns - data.shape[-1]
-    return (
-        F.pad(data, (0, pad), value=value) if pad else data
-    ).contiguous()  # of which without pads torch makes a copy
+    padded = F.pad(data, (0, pad), value=value) if pad else data  # without pads, torch would make a copy
+    return padded.contiguous()
 
 
 def attributes(geometry: Geometry, way: Way, installed: Installed) -> dict[str, Any]:

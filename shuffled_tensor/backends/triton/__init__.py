@@ -16,7 +16,7 @@ from shuffled_tensor.layouts import LAYOUTS, Layout
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.moe.op import MANY, Description, Kernels
 
-__all__ = ["Triton"]
+__all__ = ["Triton", "unusable"]
 
 _OLDEST = (8, 0)
 """Compute capability: the first with products of bfloat16."""
@@ -33,9 +33,7 @@ class Triton(Backend):
     name = "triton"
 
     def available(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"it compiles for GPUs, found {device.type}"
-        return _too_old(device) or (None if _installed() else "no triton is installed")
+        return unusable(device)
 
     def remedy(self, device: torch.device) -> str | None:
         if device.type != "cuda" or _too_old(device) or _installed():
@@ -67,6 +65,13 @@ class Triton(Backend):
 
     def fingerprint(self) -> str | None:
         return version("triton") if _installed() else "not installed"
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why no kernel in Triton runs on a device, or None."""
+    if device.type != "cuda":
+        return f"it compiles for GPUs, found {device.type}"
+    return _too_old(device) or (None if _installed() else "no triton is installed")
 
 
 def _installed() -> bool:

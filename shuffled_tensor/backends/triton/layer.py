@@ -14,6 +14,7 @@ from shuffled_tensor.backends.triton import numbers, tune
 from shuffled_tensor.backends.triton.rows import begin, leave
 from shuffled_tensor.backends.triton.schedule import place, starts
 from shuffled_tensor.backends.triton.stage import INTERLEAVED, NO_HALVES, SEPARATED, stage
+from shuffled_tensor.device import real_arch
 from shuffled_tensor.layouts import round_up
 from shuffled_tensor.moe.activations import ACTIVATIONS
 from shuffled_tensor.moe.call import MoECall, PackedWeight
@@ -33,9 +34,8 @@ def _target(device: torch.device) -> tuple[int, bool]:
     if device.type == "cpu":
         return numbers.INTERPRETED.value, False
     if torch.version.hip:
-        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        return (numbers.CDNA4 if arch == "gfx950" else numbers.PLAIN).value, False
-    return numbers.HOPPER.value, torch.cuda.get_device_capability(device) >= (9, 0)
+        return (numbers.CDNA4 if real_arch(device) == "gfx950" else numbers.PLAIN).value, False
+    return numbers.PTX.value, torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def run(call: MoECall[PackedWeight]) -> Tensor:

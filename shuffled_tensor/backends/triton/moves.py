@@ -7,13 +7,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
+from shuffled_tensor.backends.triton import unusable
 from shuffled_tensor.layouts import MAX_SCRATCH, Mover, Order
 from shuffled_tensor.mxfp4 import CODES
 from shuffled_tensor.owners import is_real
@@ -88,19 +88,12 @@ class TritonMover(Mover):
             and is_real(data)
             and not _len_torch_dispatch_stack()  # a mode would not see it
             and strips_of(order) is not None
-            and _compiles_for(data.device)
+            and unusable(data.device) is None
             and data.data_ptr() % 16 == 0
             and (order, data.shape[-1], in_place) not in self._failed
             # a graph that is captured may not bring rounds to the device
             and not (in_place and data.is_cuda and torch.cuda.is_current_stream_capturing())
         )
-
-
-@cache
-def _compiles_for(device: torch.device) -> bool:
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Pieces(NamedTuple):

@@ -11,9 +11,9 @@ import triton.language as tl
 __all__ = [
     "CDNA4",
     "FULL_RANGE",
-    "HOPPER",
     "INTERPRETED",
     "PLAIN",
+    "PTX",
     "bf16_of_words",
     "fp4_values",
     "powers_of_two",
@@ -25,7 +25,7 @@ PLAIN = tl.constexpr(0)
 """By arithmetic that every target has."""
 INTERPRETED = tl.constexpr(3)
 """The same, for Triton's interpreter, which cannot multiply matrices of bfloat16."""
-HOPPER = tl.constexpr(1)
+PTX = tl.constexpr(1)
 """By PTX, from sm_80 on."""
 CDNA4 = tl.constexpr(2)
 """By gfx950's own instruction."""
@@ -100,12 +100,12 @@ def bf16_of_words(words, scale, TARGET: tl.constexpr, WIDE: tl.constexpr):
     """
     R: tl.constexpr = words.shape[0]
     C: tl.constexpr = words.shape[1]
-    if TARGET == HOPPER:
+    if TARGET == PTX:
         factor = _multipliers(scale, WIDE)
     else:
         factor = powers_of_two(scale)
     factor = factor.reshape(R, C // 4, 1).broadcast_to(R, C // 4, 4).reshape(R, C)
-    if TARGET == HOPPER:
+    if TARGET == PTX:
         # One word in, eight numbers out: nothing here depends on how Triton orders several words in registers.
         ASM: tl.constexpr = _TWO_MULTIPLICATIONS if WIDE else _ONE_MULTIPLICATION
         a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
