@@ -366,8 +366,10 @@ def test_wrong_data_gives_nan_for_its_token_and_for_no_other(device: str, bound:
     assert torch.equal(found[[0, 1, 3]], right[[0, 1, 3]])
     three = torch.tensor([1, 1, 1], dtype=torch.int32, device=device)  # experts, where there are two
     assert fused_moe(x, w13, w2, weight, ids, expert_mask=three, backend="triton").isnan().all()
-    count = torch.tensor([5], dtype=torch.int32, device=device)
-    assert fused_moe(x, w13, w2, weight, ids, num_local_tokens=count, backend="triton").isnan().all()
+    for tokens in (5, -1, 1 << 30):
+        count = torch.tensor([tokens], dtype=torch.int32, device=device)
+        two = weight.repeat(1, 4), ids.clamp(max=1).repeat(1, 4)
+        assert fused_moe(x, w13, w2, *two, num_local_tokens=count, backend="triton").isnan().all()
 
 
 def test_experts_of_other_ranks_add_nothing(device: str, bound: float) -> None:

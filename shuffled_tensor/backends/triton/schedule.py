@@ -47,7 +47,7 @@ def _experts(
     inside = slots < T
     if Tokens is not None:
         tokens = tl.load(Tokens)
-        inside &= slots < tokens * TOPK
+        inside &= slots // TOPK < tokens  # a product of wrong data could overflow
     ids = tl.load(Ids + slots, mask=inside, other=-1)
     known = (ids >= 0) & (ids < GLOBAL)
     ids = tl.where(known, ids, 0).to(tl.int32)
@@ -59,7 +59,7 @@ def _experts(
         ids = tl.gather(local, ids, 0)
     experts = tl.where(known, ids, BAD)
     if Tokens is not None:  # how many there are is data too
-        experts = tl.where((tokens < 0) | (tokens * TOPK > T), BAD, tl.where(inside, experts, ELSEWHERE))
+        experts = tl.where((tokens < 0) | (tokens > T // TOPK), BAD, tl.where(inside, experts, ELSEWHERE))
     return tl.where(slots < T, experts, ELSEWHERE)
 
 
