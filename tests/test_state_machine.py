@@ -86,12 +86,12 @@ class Store:
     """The kind that a refit that an exception ended has to return to."""
     address: tuple[int, int] = (0, 0)
 
-    def moves(self, kind: str) -> bool:
-        """Whether bytes change their places on the way to a kind; a down weight lies in both of aiter's kinds alike."""
-        return kind != self.kind and (self.gate_up or {kind, self.kind} != {"mxfp4_moe", "mxfp4_separated"})
+    def alike(self, kind: str, other: str) -> bool:
+        """Whether bytes lie in two kinds alike, as those of a down weight do in both of aiter's."""
+        return kind == other or (not self.gate_up and {kind, other} == {"mxfp4_moe", "mxfp4_separated"})
 
     def relayout(self, kind: str) -> None:
-        if self.moves(kind) and self.shared:  # memory that another process may read is replaced
+        if not self.alike(kind, self.kind) and self.shared:  # memory that another process may read is replaced
             self.shared, self.address = False, (0, 0)
         self.kind = kind
 
@@ -230,7 +230,7 @@ class Life(RuleBasedStateMachine):
     def change_kind(self, data: st.DataObject, kind: str) -> None:
         alias = self.pick(data)
         store = alias.store
-        if store.pinned not in (None, kind) and kind != store.kind:
+        if store.pinned and not store.alike(kind, store.pinned) and kind != store.kind:
             with pytest.raises(RuntimeError, match="handed out by as_kernel_operands"):
                 alias.weight.shuffle_(kind)
             return
