@@ -1,13 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz stress mutate check dist clean
+.PHONY: demo test test-engines fuzz stress mutate check dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
 test: check
 	$(BIN)/python -m pytest
+
+# In processes of their own: each engine is told that it is on a gfx950 GPU.
+test-engines: .engines/installed
+	for engine in vllm sglang; do \
+		.engines/venv/bin/python -m pytest -W ignore tests/engines/test_$${engine}*.py || exit 1; \
+	done
 
 fuzz: .venv/installed
 	FUZZ=$${FUZZ:-2000} $(BIN)/python -m pytest tests/test_state_machine.py
@@ -33,5 +39,13 @@ dist: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+# The engines' own Python, out of their wheels, without their dependencies, which are gigabytes for a GPU.
+.engines/installed: requirements.txt requirements-engines.txt pyproject.toml
+	test -x .engines/venv/bin/python || $(PYTHON) -m venv .engines/venv
+	.engines/venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-engines.txt
+	.engines/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	.engines/venv/bin/python tools/engines.py .engines
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .engines build dist *.egg-info

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""What every engine needs: the bytes that it has laid out for its kernels become weights, and stay where they are.
+
+vLLM, SGLang and ATOM all call a layer's parameters `w13_weight` and `w2_weight`, each with a `_scale`: plain tensors.
+How an engine has laid them out is not assumed, but found out: an expert as it came from the checkpoint is compared with
+what became of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from itertools import product
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR, Layout
+from shuffled_tensor.mxfp4 import CODES, SCALES, Part
+from shuffled_tensor.tensor.geometry import Geometry, RowOrder
+from shuffled_tensor.tensor.part_view import PartView
+from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
+
+__all__ = ["Experts", "LeftAlone", "Loaded"]
+
+_NAMES = {"w13_weight": True, "w2_weight": False}
+"""Of the weights, and whether their rows are gate and up."""
+
+_PARAMETERS: dict[str, tuple[str, Part]] = {
+    name + suffix: (name, part) for name in _NAMES for part, suffix in ((CODES, ""), (SCALES, "_scale"))
+}
+"""By each parameter's name: that of its weight, and what of that it holds."""
+
+
+class LeftAlone(RuntimeError):
+    """Why a layer stays as its engine made it."""
+
+
+class Loaded(NamedTuple):
+    """A layer's weights as they came from a checkpoint, row-major."""
+
+    experts: int
+    geometries: dict[str, Geometry]
+    first: dict[str, Tensor]
+    """Of each parameter, a copy of the first expert's bytes."""
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Loaded:
+        """To be called before the engine lays them out.
+
+        Raises:
+            LeftAlone: they are no MXFP4 weights of whole blocks, or laid out already.
+        """
+        given: dict[str, Tensor] = {}
+        for parameter in _PARAMETERS:
+            data = getattr(layer, parameter, None)
+            if not isinstance(data, Tensor) or data.dim() != 3 or data.element_size() != 1:
+                found = f"{list(data.shape)}, {data.dtype}" if isinstance(data, Tensor) else type(data).__name__
+                raise LeftAlone(f"{parameter} is not packed [experts, rows, columns], but {found}")
+            if getattr(data, "is_shuffled", False):
+                raise LeftAlone(f"{parameter} is tagged as shuffled already")
+            given[parameter] = data.detach()
+        geometries = {}
+        for name, gate_up in _NAMES.items():
+            experts, rows, width = given[name].shape
+            geometry = Geometry(rows, width * CODES.per_byte, gate_up, align=(32, 32))
+            scales = given[f"{name}_scale"].shape
+            if geometry.padded_shape(CODES) != geometry.shape(CODES) or scales != (experts, *geometry.shape(SCALES)):
+                raise LeftAlone(f"{name} is {[experts, rows, width]} bytes with scales {list(scales)}")
+            geometries[name] = geometry
+        first = {parameter: data[:1].view(torch.uint8).clone() for parameter, data in given.items()}
+        return cls(experts, geometries, first)
+
+    def laid_out(self, layer: nn.Module) -> tuple[dict[str, Tensor], Layout, RowOrder]:
+        """What the engine has made of them since: by parameter, its bytes ``[E, padded rows, padded bytes]``; and how
+        they lie. Bytes that tell nothing (all zeros) are taken for the first layout.
+
+        Raises:
+            LeftAlone: in no way that this package knows.
+        """
+        made = {parameter: self._bytes(layer, parameter) for parameter in _PARAMETERS}
+        shuffled = [layout for layout in LAYOUTS.values() if layout is not ROW_MAJOR]
+        for layout, row_order in product(shuffled, get_args(RowOrder)):
+            if all(self._became(parameter, data[:1], layout, row_order) for parameter, data in made.items()):
+                return made, layout, row_order
+        names = ", ".join(layout.name for layout in shuffled)
+        raise LeftAlone(f"its engine has laid it out in no way that is known here ({names})")
+
+    def _bytes(self, layer: nn.Module, parameter: str) -> Tensor:
+        name, part = _PARAMETERS[parameter]
+        data, size = getattr(layer, parameter, None), (self.experts, *self.geometries[name].padded_shape(part))
+        if not isinstance(data, Tensor) or data.element_size() != 1 or data.numel() != torch.Size(size).numel():
+            found = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
+            raise LeftAlone(f"what became of {parameter} is not {list(size)} bytes, but {found}")
+        if not data.is_contiguous() or data.data_ptr() % 16:
+            raise LeftAlone(f"what became of {parameter} is not contiguous, or not at a multiple of 16 bytes")
+        return data.detach().view(torch.uint8).view(size)
+
+    def _became(self, parameter: str, found: Tensor, layout: Layout, row_order: RowOrder) -> bool:
+        """Whether what was loaded into a parameter, laid out so, is what is found."""
+        name, part = _PARAMETERS[parameter]
+        geometry = self.geometries[name]
+        interleaved = geometry.gate_up and row_order == "interleaved"
+        expected = geometry.pad(part, self.first[parameter], interleaved=interleaved)
+        row_major = layout.order(part, geometry.gate_up).unshuffle(found)
+        columns = geometry.shape(part)[1]  # what stands in pads is the engine's
+        return torch.equal(row_major[..., :columns], expected[..., :columns])
+
+
+class Experts(NamedTuple):
+    """The two weights of a layer, over the bytes of its parameters. Their layout is locked: the engine's kernels read
+    it. As a tuple in a module, they are found by `prepare` and `refit`."""
+
+    w13: ShuffledMXFP4Tensor
+    w2: ShuffledMXFP4Tensor
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, loaded: Loaded) -> Experts:
+        """Of what the engine has laid out. From now on, the loaders that it has put on the layer's parameters write
+        where bytes belong: loading again is a refit in place.
+
+        Raises:
+            LeftAlone: it cannot be; the layer is as it was.
+        """
+        made, layout, row_order = loaded.laid_out(layer)
+        weights = []
+        for name, geometry in loaded.geometries.items():
+            order = row_order if geometry.gate_up else "contiguous"
+            storage = PackedStorage(made[name], made[f"{name}_scale"], geometry, layout, row_order=order)
+            storage.lock_layout()
+            weights.append(ShuffledMXFP4Tensor._wrap(storage, storage.whole(), 3, torch.bfloat16))
+        experts = cls(*weights)
+        for parameter in _PARAMETERS:
+            there = getattr(layer, parameter)
+            there.weight_loader = experts._through_view(there.weight_loader, parameter)
+        bias = getattr(layer, "w13_bias", None)
+        if bias is not None:
+            bias.weight_loader = experts._in_row_order(bias.weight_loader, bias.data_ptr())
+        return experts
+
+    @property
+    def summary(self) -> str:
+        """Layout and size, in words."""
+        return f"{self.w13.shuffle_kind}, {(self.w13.nbytes + self.w2.nbytes) / 2**30:.2f} GiB"
+
+    def weight(self, name: str) -> ShuffledMXFP4Tensor:
+        """By the name of the engine's parameter."""
+        return dict(zip(_NAMES, self, strict=True))[name]
+
+    def operand(self, parameter: str) -> Tensor:
+        """A parameter's bytes as they lie: uint8."""
+        name, part = _PARAMETERS[parameter]
+        return self.weight(name)._storage.bytes_of(part)
+
+    def view(self, parameter: str) -> PartView:
+        """A parameter's bytes as loaders know them, row-major."""
+        name, part = _PARAMETERS[parameter]
+        return self.weight(name).qdata_view if part is CODES else self.weight(name).scale_view
+
+    def are_of(self, layer: nn.Module) -> bool:
+        """Whether the layer's parameters are these bytes."""
+        return all(getattr(layer, name).data_ptr() == self.operand(name).data_ptr() for name in _PARAMETERS)
+
+    def take_over(self, layer: nn.Module, loaded: Loaded) -> None:
+        """The engine has laid out other values, in memory of its own: they go into these bytes, and these into the
+        layer's parameters.
+
+        Raises:
+            LeftAlone: they cannot; these bytes are as they were.
+        """
+        made, layout, row_order = loaded.laid_out(layer)
+        sizes = [tuple(one.shape) for one in self]
+        found = [(loaded.experts, geometry.rows, geometry.columns) for geometry in loaded.geometries.values()]
+        if found != sizes:
+            raise LeftAlone(f"weights of {found} came in the place of {sizes}")
+        for name in _NAMES:
+            storage = self.weight(name)._storage
+            with storage.writing(whole=True):
+                storage.touch()
+                storage.qdata.copy_(made[name])
+                storage.scale.copy_(made[f"{name}_scale"])
+                # the first values may have told nothing
+                storage.validity.layout = storage.locked_layout = layout
+                storage.validity.row_order = row_order if storage.geometry.gate_up else "contiguous"
+        for parameter in _PARAMETERS:
+            there = getattr(layer, parameter)
+            there.data = self.operand(parameter).view(there.dtype).view(there.shape)
+
+    def _through_view(self, loader: Callable[..., Any], parameter: str) -> Callable[..., Any]:
+        @functools.wraps(loader)
+        def load(param: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if param.data_ptr() != self.operand(parameter).data_ptr():  # one from which it will be laid out anew
+                return loader(param, *args, **kwargs)
+            view = self.view(parameter)
+            vars(view).update(vars(param))
+            return loader(view, *args, **kwargs)
+
+        return load
+
+    def _in_row_order(self, loader: Callable[..., Any], address: int) -> Callable[..., Any]:
+        """Of the bias of w13, whose rows the engine has parted as those of the weight."""
+
+        @functools.wraps(loader)
+        def load(param: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if param.data_ptr() != address or self.w13.row_order != "interleaved":
+                return loader(param, *args, **kwargs)
+            as_loaded = nn.Parameter(param.data.unflatten(1, (2, -1)).transpose(1, 2).flatten(1), requires_grad=False)
+            vars(as_loaded).update(vars(param))
+            result = loader(as_loaded, *args, **kwargs)
+            param.data.copy_(as_loaded.data.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1))
+            return result
+
+        return load

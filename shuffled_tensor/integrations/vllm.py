@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""vLLM: its MXFP4 expert layers keep their bytes in weights of this package.
+
+vLLM finds :func:`register` by the entry point ``shuffled_tensor`` of the group ``vllm.general_plugins``. The engine's
+own method of each layer makes the parameters, loads them, lays them out, chooses and calls the kernel. What is added is
+an owner of the bytes, ``layer.mxfp4_experts``: a reload then leaves kernels, scales and addresses where a rebalance and
+a captured graph expect them, and whoever loads again without laying out again writes into the layout that is there.
+
+``SHUFFLED_TENSOR_VLLM=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from shuffled_tensor.integrations.experts import Experts, LeftAlone, Loaded
+
+__all__ = ["register"]
+
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_CONFIGS = {
+    "quark": (f"{_QUANTIZATION}.quark.quark", "QuarkConfig"),
+    "mxfp4": (f"{_QUANTIZATION}.mxfp4", "Mxfp4Config"),
+    "gpt_oss_mxfp4": (f"{_QUANTIZATION}.mxfp4", "GptOssMxfp4Config"),
+}
+_BACKENDS = ("AITER_MXFP4_MXFP4", "AITER_MXFP4_BF16")
+"""Of vLLM, that read shuffled bytes by aiter."""
+
+_LEFT = "shuffled_tensor leaves %s to vLLM: %s"
+_OWNED = "shuffled_tensor owns MXFP4 experts, %s a layer (the layers: VLLM_LOGGING_LEVEL=DEBUG)"
+
+
+def register() -> None:
+    """Put weights of this package under vLLM's MXFP4 experts, or say in one line why not."""
+    try:
+        why = "SHUFFLED_TENSOR_VLLM=0" if os.environ.get("SHUFFLED_TENSOR_VLLM") == "0" else _override()
+    except (ImportError, AttributeError) as error:
+        why = f"this vLLM names things otherwise ({error})"
+    if why:
+        _log().info("shuffled_tensor stands aside: %s", why)
+
+
+def _log() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.shuffled_tensor")  # what is not below "vllm" is not shown
+
+
+def _override() -> str | None:
+    """Make the configurations of MXFP4 give methods that own bytes; or say why not."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_rocm():
+        return "it is for gfx950 GPUs, and this platform is not ROCm"
+    from vllm.platforms.rocm import on_gfx950
+
+    if not on_gfx950():
+        return "it is for gfx950 GPUs, and this is another one"
+    quantization: Any = import_module(_QUANTIZATION)
+    configs = {name: getattr(import_module(module), config) for name, (module, config) in _CONFIGS.items()}
+    registered = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
+    for name in configs:
+        if name in registered and registered[name].__module__ != __name__:
+            return f"another plugin has registered quantization {name!r}: {registered[name].__module__}"
+    for name, config in configs.items():
+        quantization.register_quantization_config(name)(_owning_config(config))
+    return None
+
+
+def _owning_config(config: Any) -> Any:
+    """A configuration of vLLM's, whose methods for experts own bytes."""
+
+    class Owning(config):  # type: ignore[misc]
+        def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+            method = super().get_quant_method(layer, prefix)
+            if hasattr(method, "mxfp4_backend"):
+                why = _not_ours(method.mxfp4_backend.name)
+                if why is None:
+                    method.__class__ = _owning_method(type(method))
+                else:
+                    _log().info_once("shuffled_tensor leaves MXFP4 experts to vLLM: %s", why)
+            return method
+
+    Owning.__name__ = config.__name__
+    return Owning
+
+
+def _not_ours(backend: str) -> str | None:
+    from vllm.config import get_current_vllm_config
+
+    if backend not in _BACKENDS:
+        return f"their backend is {backend}"
+    offload = get_current_vllm_config().offload_config
+    if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+        return "weights are offloaded to the CPU"
+    return None
+
+
+def _owning_method(method: type[Any]) -> Any:
+    """A method of vLLM's, that owns the bytes of its layer."""
+
+    class Owning(method):  # type: ignore[misc]
+        def process_weights_after_loading(self, layer: Any) -> None:
+            experts: Experts | None = getattr(layer, "mxfp4_experts", None)
+            if experts is not None and experts.are_of(layer):
+                return  # they were loaded into place
+            try:
+                loaded = Loaded.of(layer)
+            except LeftAlone as why:
+                if experts is not None:
+                    raise
+                _log().warning(_LEFT, layer.layer_name, why)
+                super().process_weights_after_loading(layer)
+                return
+            # what vLLM makes a second time has scales of its own, which it copies into the first ones and drops
+            first = getattr(self, "moe_quant_config", None), getattr(self, "moe_kernel", None)
+            super().process_weights_after_loading(layer)
+            if experts is not None:
+                experts.take_over(layer, loaded)
+                self.moe_quant_config, self.moe_kernel = first
+                return
+            try:
+                experts = Experts.adopt(layer, loaded)
+            except LeftAlone as why:
+                _log().warning(_LEFT, layer.layer_name, why)
+            else:
+                layer.mxfp4_experts = experts
+                _log().info_once(_OWNED, experts.summary)
+                _log().debug("shuffled_tensor owns %s", layer.layer_name)
+
+    Owning.__name__ = method.__name__  # by which loaders tell methods apart
+    return Owning
