@@ -7,7 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
+from shuffled_tensor.backends.base import BACKENDS, unavailable
 from shuffled_tensor.backends.doctor import doctor
+from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR
 from shuffled_tensor.picture import picture
 
@@ -65,10 +69,39 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--output", type=Path, help="the file to write (default: standard output)")
     show.set_defaults(run=_show)
 
+    tune = commands.add_parser(
+        "tune",
+        help="measure how the triton backend best launches a layer on this GPU, and keep it for later processes",
+        description="Measures plans for a layer on this GPU, and keeps those that are faster than the built-in ones in "
+        "a file that later processes read, in $SHUFFLED_TENSOR_CACHE, $XDG_CACHE_HOME/shuffled_tensor or "
+        "~/.cache/shuffled_tensor.",
+    )
+    for name, help in (
+        ("experts", "at hand: of one rank, where ranks share them"),
+        ("hidden", "logical, without padding"),
+        ("intermediate", "logical, of one rank where ranks share it"),
+        ("topk", "experts of a token"),
+    ):
+        tune.add_argument(f"--{name}", type=_positive, required=True, help=help)
+    tune.add_argument(
+        "--tokens",
+        type=_positive,
+        nargs="+",
+        default=[2**power for power in range(14)],
+        help="numbers of tokens to measure with, each for all numbers down to half of it (default 1, 2, 4, ... 8192)",
+    )
+    tune.set_defaults(run=_tune)
+
     commands.add_parser("doctor", help="which backends this machine has, and what to install or change").set_defaults(
         run=_doctor
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, found {text!r}")
+    return int(text)
 
 
 # The commands on checkpoints import what the extra `checkpoint` installs.
@@ -115,6 +148,31 @@ def _show(options: argparse.Namespace) -> bool:
         print(svg, end="")
     else:
         options.output.write_text(svg, encoding="utf-8")
+    return False
+
+
+def _tune(options: argparse.Namespace) -> bool:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    reason = unavailable(BACKENDS["triton"], device)
+    if reason is not None:
+        raise ValueError(
+            f"tune measures the triton backend, which does not run on {arch(device)}: {reason}. It needs an NVIDIA GPU "
+            "of compute capability 8.0 or later, or an AMD GPU, that PyTorch sees, and an installed triton"
+        )
+    from shuffled_tensor.backends.triton import measure, tune  # not before there is a Triton to import
+
+    sizes = options.experts, options.hidden, options.intermediate, options.topk
+    print("A plan: rows, small; then rows, columns, warps, stages, parts, run of the first GEMM and of the second\n")
+    print(f"{'tokens':>6}  {'plan of the table':44}{'us':>9}  {'best plan':44}{'faster':>8}")
+    for found in measure.measure(*sizes, options.tokens, device):
+        plans = [
+            " ".join(",".join(map(str, part)) for part in (plan[:2], plan.first, plan.second))
+            for plan in (found.table, found.best)
+        ]
+        ratio = found.table_microseconds / found.best_microseconds
+        best = "the same" if found.best == found.table else plans[1]
+        print(f"{found.tokens:6}  {plans[0]:44}{found.table_microseconds:9.1f}  {best:44}{ratio:7.2f}x", flush=True)
+    print(f"\nwritten: {tune.path(device)}")
     return False
 
 

@@ -14,11 +14,13 @@ from .support.made_up import MADE_UP
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes that tests start import the package from here too, wherever they run and whatever is installed."""
+    """Processes that tests start import the package from here too, wherever they run and whatever is installed or was
+    measured there."""
     if (
         config.getoption("--device") == "cpu"
     ):  # kernels run in Triton's interpreter, which is chosen when it is imported
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["SHUFFLED_TENSOR_CACHE"] = str(Path(__file__).parent / "nothing was measured")
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,19 +16,22 @@ tl = triton.language
 
 from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, explain, fused_moe, quantize  # noqa: E402
 from shuffled_tensor.backends.triton import Triton, layer, numbers, tune  # noqa: E402
-from shuffled_tensor.backends.triton import stage as stage_module  # noqa: E402
 from shuffled_tensor.backends.triton.rows import begin  # noqa: E402
 from shuffled_tensor.backends.triton.schedule import BAD, ELSEWHERE, SMALL, place, starts  # noqa: E402
 
+from .support.gfx950 import as_on_gfx950  # noqa: E402
 from .support.judges import dense, dense_moe, to_mxfp4  # noqa: E402
 
 KINDS = ("mxfp4_separated", "mxfp4_moe")
 
 
 @pytest.fixture(autouse=True)
-def _on_any_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def _on_any_device(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
     if device == "cpu":
         monkeypatch.setattr(Triton, "available", lambda self, device: None)
+    tune.plan.cache_clear()
+    yield
+    tune.plan.cache_clear()  # some of these tests change the table
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def test_a_layer_is_what_float64_says(
     biases: bool,
 ) -> None:
     if full:
-        monkeypatch.setattr(tune, "_TILES", 1)  # as if there were tiles enough for the GPU
+        monkeypatch.setattr(tune, "TILES", 1)  # as if there were tiles enough for the GPU
     w13, w2 = weights(device, experts, hidden, intermediate, align)
     x = torch.randn(tokens, hidden).bfloat16().to(device)
     weight, ids = routing(device, tokens, experts, 2)
@@ -111,31 +115,14 @@ def test_a_layer_is_what_float64_says(
 def test_tiles_of_few_columns_one_after_the_other(
     device: str, bound: float, biases: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "_TILES", 1)  # as if the GPU were full
+    monkeypatch.setattr(tune, "TILES", 1)  # as if the GPU were full
     w13, w2 = weights(device, 2, 448, 256)
     x, (weight, ids) = torch.randn(20, 448).bfloat16().to(device), routing(device, 20, 2, 2)
     bias = {"w2_bias": torch.randn(2, 448, device=device)} if biases else {}
     dense13, dense2 = (w.dequantize(torch.float64).cpu() for w in (w13, w2))
     expected = dense_moe(x.cpu(), dense13, dense2, weight.cpu(), ids.cpu(), **on_cpu(bias))
-    assert tune.plan(40, 2, [8, 4], [512, 256], False, True).second.run == 4
+    assert tune.table(40, tune.Shape(2, 448, (512, 256), True), False).second.run == 4
     assert error(fused_moe(x, w13, w2, weight, ids, backend="triton", **bias), expected) < bound
-
-
-@triton.jit
-def tiles_by_arithmetic(words, scale):
-    """What gfx950's instruction makes of words: codes by their place in it, bits from the last to the first."""
-    words = words.to(tl.int32)
-    factor = numbers.powers_of_two(scale)
-    first = tl.join(numbers.fp4_values(words & 15) * factor, numbers.fp4_values((words >> 4) & 15) * factor)
-    second = tl.join(numbers.fp4_values((words >> 8) & 15) * factor, numbers.fp4_values((words >> 12) & 15) * factor)
-    third = tl.join(numbers.fp4_values((words >> 16) & 15) * factor, numbers.fp4_values((words >> 20) & 15) * factor)
-    fourth = tl.join(numbers.fp4_values((words >> 24) & 15) * factor, numbers.fp4_values((words >> 28) & 15) * factor)
-    return tl.join(tl.join(first, second), tl.join(third, fourth)).to(tl.bfloat16)
-
-
-@triton.jit
-def dot_of_float32(a, b, acc, TARGET: tl.constexpr):
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,11 +141,9 @@ def test_the_form_for_gfx950_reads_the_same_bytes(
     """Its order of columns and of rows, with arithmetic in place of its instruction."""
     if device == "cuda":
         pytest.skip("waits for --device cpu: another GPU does not run this form")
-    monkeypatch.setattr(stage_module, "bf16_of_tiles", tiles_by_arithmetic)
-    monkeypatch.setattr(stage_module, "_dot", dot_of_float32)
-    monkeypatch.setattr(layer, "_target", lambda device: (numbers.CDNA4.value, False))
+    as_on_gfx950(monkeypatch)
     if full:
-        monkeypatch.setattr(tune, "_TILES", 1)
+        monkeypatch.setattr(tune, "TILES", 1)
     w13, w2 = weights(device, 3, hidden, intermediate, align)
     x, (weight, ids) = torch.randn(7, hidden).bfloat16(), routing(device, 7, 3, 2)
     dense13, dense2 = (w.dequantize(torch.float64) for w in (w13, w2))

@@ -57,10 +57,9 @@ def _run(call: MoECall[PackedWeight]) -> Tensor:
     launch: dict[str, Any] = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
     known = experts if call.expert_mask is None else len(call.expert_mask)
     # what a GEMM reads: its weight's columns, to whole tiles of scales
-    widths = [weight.scale.shape[-1] * BLOCK for weight in (call.w13, call.w2)]
-    tiles = [widths[1] // 64, -(-hidden // 128)]
-    narrow = 2 * call.w2.qdata.shape[2] == 256
-    plan = tune.plan(-(-slots * experts // known), experts, tiles, widths, target == numbers.CDNA4.value, narrow)
+    widths = call.w13.scale.shape[-1] * BLOCK, call.w2.scale.shape[-1] * BLOCK
+    shape = tune.Shape(experts, hidden, widths, 2 * call.w2.qdata.shape[2] == 256)
+    plan = tune.plan(device, -(-slots * experts // known), shape, target == numbers.CDNA4.value)
     tiles = [2 * widths[1] // plan.first.rows, round_up(hidden, 128) // plan.second.rows]
     blocks = min(slots, experts + slots // plan.rows)
     few = slots <= _FEW
