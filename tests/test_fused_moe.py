@@ -21,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, explain, fused_moe
-from shuffled_tensor.backends import reference
+from shuffled_tensor import LAYOUTS, ShuffledMXFP4Tensor, explain, fused_moe, mxfp4
 from shuffled_tensor.moe.activations import ACTIVATIONS, ActivationName
 from shuffled_tensor.mxfp4 import dequantize, quantize
 from shuffled_tensor.tensor.storage import PackedStorage
@@ -74,7 +73,7 @@ def test_a_weight_is_dequantised_a_few_rows_at_a_time(
     expected = dense_moe(*(dense(*weight_parts(value)) if value in ("w13", "w2") else layer[value] for value in layer))
     for weight in (layer["w13"], layer["w2"]):
         weight.shuffle_(kind or "none")
-    monkeypatch.setattr(reference, "_WEIGHTS_A_CORE", rows * layer["w13"].shape[2])
+    monkeypatch.setattr(mxfp4, "_WEIGHTS_A_CORE", rows * layer["w13"].shape[2])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     out = fused_moe(**layer, out_dtype=torch.float32, backend="reference")
     assert relative_error(out, expected) < 1e-6

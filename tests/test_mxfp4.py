@@ -323,6 +323,30 @@ def test_every_value_while_subnormal_numbers_are_flushed(dtype: torch.dtype, flu
     assert torch.equal(bits(weight), expected)
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 256])
+def test_every_byte_under_every_scale_in_pieces(
+    rows: int, flushed: bool, flush: Callable[[bool], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of moderate scales, of odd ones and of both; the last one is shorter, and the bytes have padding."""
+    flush(False)
+    monkeypatch.setattr(mxfp4, "_WEIGHTS_A_CORE", rows * 512)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    qdata = torch.arange(256, dtype=torch.uint8).expand(256, 256)
+    scale = torch.arange(256, dtype=torch.uint8).unsqueeze(1).expand(256, 16)
+    mixed = scale.flip(0).clone()
+    mixed[:, 3] = 120
+    for scales in (scale, mixed):
+        padded = [torch.cat([data, data], dim=1)[:, : data.shape[1]] for data in (qdata, scales)]
+        flush(flushed)
+        values = torch.cat([piece.clone() for piece in mxfp4.dequantize_pieces(*padded)])
+        flush(False)
+        expected = dense(qdata, scales).float()
+        number = ~expected.isnan()
+        assert torch.equal(values.isnan(), ~number)
+        assert torch.equal(bits(values)[number], bits(expected)[number])  # -0 stays -0
+
+
 def test_bad_bytes() -> None:
     qdata, scale = coded(2, 32), coded(2, 2)
     cases: dict[str, tuple[Any, ...]] = {

@@ -16,13 +16,9 @@ from shuffled_tensor.tensor.storage import PackedStorage
 
 __all__ = ["Reference"]
 
-# On a CPU, as many rows of a weight are dequantised at a time as stay in the caches of its cores until they are used; a
-# GPU wants few launches.
-_WEIGHTS_A_CORE = 1 << 17
-
 
 class Reference(Backend):
-    """float32 throughout; one expert is dequantised at a time, and only those that received tokens.
+    """float32 throughout; one expert is dequantised at a time, piece by piece, and only those that received tokens.
 
     With ``activation_dtype="mxfp4"``, what enters each of the two GEMMs is first rounded to MXFP4, and back, by the
     scale rule. Rows beyond ``num_local_tokens`` are not computed; their results are zeros.
@@ -78,11 +74,7 @@ class Reference(Backend):
 def _product(x: Tensor, weight: PackedStorage, expert: int) -> Tensor:
     """``x @ W.T`` in float32, of one expert's weight W."""
     qdata, scale = (data[0] for data in weight.canonical(range(expert, expert + 1)))
-    rows = len(qdata)
-    if x.device.type == "cpu":
-        rows = max(1, _WEIGHTS_A_CORE * torch.get_num_threads() // weight.geometry.columns)
-    pieces = zip(qdata.split(rows), scale.split(rows), strict=True)
-    return torch.cat([mxfp4.dequantize(*piece) @ x.T for piece in pieces]).T
+    return torch.cat([piece @ x.T for piece in mxfp4.dequantize_pieces(qdata, scale)]).T
 
 
 def _round_trip(values: Tensor, rule: ScaleRule | None) -> Tensor:
