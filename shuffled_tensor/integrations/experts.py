@@ -9,8 +9,9 @@ what became of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from itertools import product
+import os
+from collections.abc import Callable, Iterator
+from itertools import combinations, product
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -23,15 +24,60 @@ from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["Experts", "LeftAlone", "Loaded"]
+__all__ = ["Experts", "LeftAlone", "Loaded", "lay_out", "turned_off"]
 
-_NAMES = {"w13_weight": True, "w2_weight": False}
+_W13, _W2 = "w13_weight", "w2_weight"
+_NAMES = {_W13: True, _W2: False}
 """Of the weights, and whether their rows are gate and up."""
 
 _PARAMETERS: dict[str, tuple[str, Part]] = {
     name + suffix: (name, part) for name in _NAMES for part, suffix in ((CODES, ""), (SCALES, "_scale"))
 }
 """By each parameter's name: that of its weight, and what of that it holds."""
+
+_BIASES = ("w13_bias", "w13_weight_bias")
+"""What engines call the bias of gate and up."""
+
+
+def turned_off() -> str | None:
+    """Why no engine is helped, if so."""
+    return "SHUFFLED_TENSOR_PLUGIN=0" if os.environ.get("SHUFFLED_TENSOR_PLUGIN") == "0" else None
+
+
+def lay_out(layer: Any, process: Callable[[], None]) -> str | None:
+    """Let an engine lay out a layer, and own the bytes that it makes as ``layer.mxfp4_experts``.
+
+    The second time it comes with other tensors, their values go into the bytes of the first; where loaders have
+    written straight into these, nothing is left to do.
+
+    Args:
+        process: the engine's own function, bound.
+
+    Returns:
+        Why the layer is left to its engine; None where its bytes are owned.
+
+    Raises:
+        LeftAlone: they were owned, and what comes in their place cannot be taken over. They are as they were.
+    """
+    experts: Experts | None = getattr(layer, "mxfp4_experts", None)
+    if experts is not None and experts.are_of(layer):
+        return None
+    try:
+        loaded = Loaded.of(layer)
+    except LeftAlone as why:
+        if experts is not None:
+            raise
+        process()
+        return str(why)
+    process()
+    if experts is not None:
+        experts.take_over(layer, loaded)
+        return None
+    try:
+        layer.mxfp4_experts = Experts.adopt(layer, loaded)
+    except LeftAlone as why:
+        return str(why)
+    return None
 
 
 class LeftAlone(RuntimeError):
@@ -45,6 +91,10 @@ class Loaded(NamedTuple):
     geometries: dict[str, Geometry]
     first: dict[str, Tensor]
     """Of each parameter, a copy of the first expert's bytes."""
+    attributes: dict[str, dict[str, Any]]
+    """That the engine had put on each parameter: its loader among them."""
+    under_marks: Tensor | None
+    """The first expert's codes of w13, where they tell nothing, as those of dummy weights, and others are there now."""
 
     @classmethod
     def of(cls, layer: nn.Module) -> Loaded:
@@ -71,22 +121,27 @@ class Loaded(NamedTuple):
                 raise LeftAlone(f"{name} is {[experts, rows, width]} bytes with scales {list(scales)}")
             geometries[name] = geometry
         first = {parameter: data[:1].view(torch.uint8).clone() for parameter, data in given.items()}
-        return cls(experts, geometries, first)
+        codes, under_marks = first[_W13], None
+        if experts and not _tells(codes, geometries[_W13]):
+            under_marks, place = codes, torch.arange(codes.numel(), device=codes.device)
+            codes = first[_W13] = (place * 2654435761 >> 16 & 255).to(torch.uint8).view_as(codes)
+            given[_W13][:1].view(torch.uint8).copy_(codes)
+        attributes = {parameter: vars(getattr(layer, parameter)).copy() for parameter in _PARAMETERS}
+        return cls(experts, geometries, first, attributes, under_marks)
 
     def laid_out(self, layer: nn.Module) -> tuple[dict[str, Tensor], Layout, RowOrder]:
         """What the engine has made of them since: by parameter, its bytes ``[E, padded rows, padded bytes]``; and how
-        they lie. Bytes that tell nothing (all zeros) are taken for the first layout.
+        they lie.
 
         Raises:
             LeftAlone: in no way that this package knows.
         """
         made = {parameter: self._bytes(layer, parameter) for parameter in _PARAMETERS}
-        shuffled = [layout for layout in LAYOUTS.values() if layout is not ROW_MAJOR]
-        for layout, row_order in product(shuffled, get_args(RowOrder)):
+        for layout, row_order in _ways():
             if all(self._became(parameter, data[:1], layout, row_order) for parameter, data in made.items()):
                 return made, layout, row_order
-        names = ", ".join(layout.name for layout in shuffled)
-        raise LeftAlone(f"its engine has laid it out in no way that is known here ({names})")
+        known = ", ".join(dict.fromkeys(layout.name for layout, _ in _ways()))
+        raise LeftAlone(f"its engine has laid it out in no way that is known here ({known})")
 
     def _bytes(self, layer: nn.Module, parameter: str) -> Tensor:
         name, part = _PARAMETERS[parameter]
@@ -107,6 +162,20 @@ class Loaded(NamedTuple):
         row_major = layout.order(part, geometry.gate_up).unshuffle(found)
         columns = geometry.shape(part)[1]  # what stands in pads is the engine's
         return torch.equal(row_major[..., :columns], expected[..., :columns])
+
+
+def _ways() -> Iterator[tuple[Layout, RowOrder]]:
+    """How an engine may lay out a layer whose rows come in some order."""
+    return product([layout for layout in LAYOUTS.values() if layout is not ROW_MAJOR], get_args(RowOrder))
+
+
+def _tells(codes: Tensor, geometry: Geometry) -> bool:
+    """Whether the codes of w13, ``[1, N, K/2]``, come out differently in each way."""
+    out = []
+    for layout, row_order in _ways():
+        row_major = geometry.pad(CODES, codes, interleaved=row_order == "interleaved")
+        out.append(layout.order(CODES, True).shuffle(row_major))
+    return not any(torch.equal(one, other) for one, other in combinations(out, 2))
 
 
 class Experts(NamedTuple):
@@ -132,13 +201,20 @@ class Experts(NamedTuple):
             storage.lock_layout()
             weights.append(ShuffledMXFP4Tensor._wrap(storage, storage.whole(), 3, torch.bfloat16))
         experts = cls(*weights)
-        for parameter in _PARAMETERS:
-            there = getattr(layer, parameter)
+        for parameter, attributes in loaded.attributes.items():
+            there = getattr(layer, parameter)  # perhaps a new one, on which nobody has put anything
+            vars(there).update(attributes | vars(there))
             there.weight_loader = experts._through_view(there.weight_loader, parameter)
-        bias = getattr(layer, "w13_bias", None)
-        if bias is not None:
-            bias.weight_loader = experts._in_row_order(bias.weight_loader, bias.data_ptr())
+        for name in _BIASES:
+            bias = getattr(layer, name, None)
+            if bias is not None:
+                bias.weight_loader = experts._in_row_order(bias.weight_loader, bias.data_ptr())
+        experts._unmark(loaded)
         return experts
+
+    def _unmark(self, loaded: Loaded) -> None:
+        if loaded.under_marks is not None:
+            self.w13.qdata_view[:1].copy_(loaded.under_marks)
 
     @property
     def summary(self) -> str:
@@ -181,9 +257,9 @@ class Experts(NamedTuple):
                 storage.touch()
                 storage.qdata.copy_(made[name])
                 storage.scale.copy_(made[f"{name}_scale"])
-                # the first values may have told nothing
                 storage.validity.layout = storage.locked_layout = layout
                 storage.validity.row_order = row_order if storage.geometry.gate_up else "contiguous"
+        self._unmark(loaded)
         for parameter in _PARAMETERS:
             there = getattr(layer, parameter)
             there.data = self.operand(parameter).view(there.dtype).view(there.shape)

@@ -6,18 +6,18 @@ own method of each layer makes the parameters, loads them, lays them out, choose
 an owner of the bytes, ``layer.mxfp4_experts``: a reload then leaves kernels, scales and addresses where a rebalance and
 a captured graph expect them, and whoever loads again without laying out again writes into the layout that is there.
 
-``SHUFFLED_TENSOR_VLLM=0`` turns it off.
+``SHUFFLED_TENSOR_PLUGIN=0`` turns it off.
 """
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from shuffled_tensor.integrations.experts import Experts, LeftAlone, Loaded
+from shuffled_tensor.integrations.experts import lay_out, turned_off
 
 __all__ = ["register"]
 
@@ -30,14 +30,11 @@ _CONFIGS = {
 _BACKENDS = ("AITER_MXFP4_MXFP4", "AITER_MXFP4_BF16")
 """Of vLLM, that read shuffled bytes by aiter."""
 
-_LEFT = "shuffled_tensor leaves %s to vLLM: %s"
-_OWNED = "shuffled_tensor owns MXFP4 experts, %s a layer (the layers: VLLM_LOGGING_LEVEL=DEBUG)"
-
 
 def register() -> None:
     """Put weights of this package under vLLM's MXFP4 experts, or say in one line why not."""
     try:
-        why = "SHUFFLED_TENSOR_VLLM=0" if os.environ.get("SHUFFLED_TENSOR_VLLM") == "0" else _override()
+        why = turned_off() or _override()
     except (ImportError, AttributeError) as error:
         why = f"this vLLM names things otherwise ({error})"
     if why:
@@ -105,31 +102,16 @@ def _owning_method(method: type[Any]) -> Any:
 
     class Owning(method):  # type: ignore[misc]
         def process_weights_after_loading(self, layer: Any) -> None:
-            experts: Experts | None = getattr(layer, "mxfp4_experts", None)
-            if experts is not None and experts.are_of(layer):
-                return  # they were loaded into place
-            try:
-                loaded = Loaded.of(layer)
-            except LeftAlone as why:
-                if experts is not None:
-                    raise
-                _log().warning(_LEFT, layer.layer_name, why)
-                super().process_weights_after_loading(layer)
-                return
             # what vLLM makes a second time has scales of its own, which it copies into the first ones and drops
             first = getattr(self, "moe_quant_config", None), getattr(self, "moe_kernel", None)
-            super().process_weights_after_loading(layer)
-            if experts is not None:
-                experts.take_over(layer, loaded)
+            again = hasattr(layer, "mxfp4_experts")
+            why = lay_out(layer, partial(super().process_weights_after_loading, layer))
+            if again:
                 self.moe_quant_config, self.moe_kernel = first
-                return
-            try:
-                experts = Experts.adopt(layer, loaded)
-            except LeftAlone as why:
-                _log().warning(_LEFT, layer.layer_name, why)
+            elif why:
+                _log().warning("shuffled_tensor leaves %s to vLLM: %s", layer.layer_name, why)
             else:
-                layer.mxfp4_experts = experts
-                _log().info_once(_OWNED, experts.summary)
+                _log().info_once("shuffled_tensor owns MXFP4 experts: %s a layer", layer.mxfp4_experts.summary)
                 _log().debug("shuffled_tensor owns %s", layer.layer_name)
 
     Owning.__name__ = method.__name__  # by which loaders tell methods apart

@@ -150,6 +150,19 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return self
 
 
+@_implements(aten.fill_.Scalar)
+def _fill_(self: PartView, value: float) -> PartView:
+    """Writes one byte everywhere."""
+    _copy_(self, torch.full(self.shape, value, dtype=torch.uint8, device=self.device))
+    return self
+
+
+@_implements(aten.zero_.default)
+def _zero_(self: PartView) -> PartView:
+    """Writes zeros: of scales, that is the smallest, and not 1."""
+    return _fill_(self, 0)
+
+
 def _read(operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Plain row-major bytes."""
     return operator(*(arg.plain() if isinstance(arg, PartView) else arg for arg in args), **kwargs)

@@ -14,6 +14,27 @@ from tests.support.judges import dense, dense_moe, relative_error, rounded_moe
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 4, 512, 256, 16
 
 
+QUARK = {
+    "quant_method": "quark",
+    "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
+    "exclude": [],
+    "global_quant_config": {
+        "bias": None,
+        "output_tensors": None,
+        **{
+            name: {"dtype": "fp4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32, "is_dynamic": dynamic,
+                   "scale_format": "e8m0", "scale_type": "float", "observer_cls": "PerBlockMXObserver",
+                   "round_method": "half_even", "symmetric": None}
+            for name, dynamic in (("input_tensors", True), ("weight", False))
+        },
+    },
+    "layer_quant_config": {},
+    "layer_type_quant_config": {},
+    "packed_modules_mapping": {},
+}  # fmt: skip
+"""Of amd/*-MXFP4's config.json."""
+
+
 class Checkpoint(NamedTuple):
     """Of one layer's experts."""
 

@@ -19,7 +19,15 @@ from torch import Tensor
 from tests.support.judges import by_formula
 
 ENGINES = Path(__file__).parents[2] / ".engines"
-"""Where `make engines` unpacks the wheels, a folder each."""
+"""Where `make test-engines` unpacks the wheels, a folder each."""
+
+SERVING = {
+    *("amdsmi", "anthropic", "cutlass", "depyf", "diskcache", "fastapi", "flashinfer", "ijson", "lark", "llguidance"),
+    *("lmformatenforcer", "mcp", "model_hosting_container_standards", "openai", "openai_harmony", "opentelemetry"),
+    *("orjson", "oss_harmony", "outlines_core", "partial_json_parser", "prometheus_fastapi_instrumentator", "quack"),
+    *("ray", "starlette", "tvm_ffi", "uvicorn", "uvloop", "watchfiles", "xgrammar"),
+}
+"""Packages that serve requests, or compile for other GPUs."""
 
 
 class Anything:
@@ -132,9 +140,10 @@ def extend_aiter() -> None:
     """Beside the fake's kernels, what engines import: shuffles by formula, and names. Inside `fake_aiter()`."""
     aiter: Any = sys.modules["aiter"]
     aiter.__spec__ = importlib.machinery.ModuleSpec("aiter", None, is_package=True)
-    for name in ("ActivationType", "QuantType"):  # aiter's own, of pybind11, are numbers
-        numbers = IntEnum(name, {member.name: member.value for member in getattr(aiter, name)})  # type: ignore[misc]
-        setattr(aiter, name, numbers)
+    for name, more in {"ActivationType": {"Situv2": 3}, "QuantType": {"per_1x128": 4, "per_128x128": 5}}.items():
+        # aiter's own, of pybind11, are numbers
+        members = {member.name: member.value for member in getattr(aiter, name)}
+        setattr(aiter, name, IntEnum(name, members | more))  # type: ignore[misc]
     for name in ("jit", "jit.utils", "ops", "ops.flydsl", "utility"):
         module(f"aiter.{name}")
     module("aiter.jit.utils.chip_info", get_gfx=lambda: "gfx950", get_cu_num=lambda: 256)

@@ -17,7 +17,7 @@ from shuffled_tensor.integrations.vllm import register
 from shuffled_tensor.testing import FakeAiter
 
 from . import vllm_layer as v
-from .layers import EXPERTS, HIDDEN, INTERMEDIATE, Checkpoint, error, gpt_oss, inputs, quark
+from .layers import EXPERTS, HIDDEN, INTERMEDIATE, QUARK, Checkpoint, error, gpt_oss, inputs, quark
 
 v.make_importable()
 
@@ -47,7 +47,7 @@ def make(owned: bool, kind: str = "quark", intermediate: int = INTERMEDIATE, **o
     if owned:
         register()
     own = {"quark": QuarkConfig, "gpt_oss_mxfp4": GptOssMxfp4Config, "mxfp4": Mxfp4Config}[kind]
-    config = (get_quantization_config(kind) if owned else own).from_config(v.QUARK)
+    config = (get_quantization_config(kind) if owned else own).from_config(QUARK)
     if kind == "gpt_oss_mxfp4":
         options |= {"activation": "SWIGLUOAI", "has_bias": True}
     model = nn.ModuleDict({"experts": v.make_layer(config, (EXPERTS, HIDDEN, intermediate), **options)})
@@ -244,6 +244,11 @@ def test_dummy_weights_tell_nothing_until_real_ones_come(fake: FakeAiter) -> Non
     for checkpoint in (quark, gpt_oss):
         model = make(True, "quark" if checkpoint is quark else "gpt_oss_mxfp4")
         process(model)
+        assert not any(
+            parameter.view(torch.uint8).any() for name, parameter in model.named_parameters() if "scale" not in name
+        )
+        load(model, checkpoint(0))
+        assert off(model, checkpoint(0)) < RIGHT
         reload(model, checkpoint(1))
         assert off(model, checkpoint(1)) < RIGHT
         assert torch.equal(model["experts"].mxfp4_experts.w13.dequantize(torch.float64), checkpoint(1).w13)
@@ -282,16 +287,16 @@ def test_one_line_says_that_it_is_on(fake: FakeAiter, monkeypatch: pytest.Monkey
     loaded(True, quark(0))
     loaded(True, quark(0))
     assert [line for line in lines if "owns" in line] == [
-        "shuffled_tensor owns MXFP4 experts, mxfp4_separated, 0.00 GiB a layer (the layers: VLLM_LOGGING_LEVEL=DEBUG)"
+        "shuffled_tensor owns MXFP4 experts: mxfp4_separated, 0.00 GiB a layer"
     ]
 
 
 def test_turned_off(fake: FakeAiter, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = said(monkeypatch)
-    monkeypatch.setenv("SHUFFLED_TENSOR_VLLM", "0")
+    monkeypatch.setenv("SHUFFLED_TENSOR_PLUGIN", "0")
     _forget(monkeypatch)
     register()
-    assert lines == ["shuffled_tensor stands aside: SHUFFLED_TENSOR_VLLM=0"]
+    assert lines == ["shuffled_tensor stands aside: SHUFFLED_TENSOR_PLUGIN=0"]
     _nothing_is_registered()
 
 

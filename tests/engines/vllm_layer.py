@@ -17,20 +17,11 @@ from torch import Tensor, nn
 from shuffled_tensor import override_arch
 from shuffled_tensor.testing import FakeAiter, fake_aiter
 
-from .stand_ins import ENGINES, StandIns, extend_aiter
+from .stand_ins import ENGINES, SERVING, StandIns, extend_aiter
 
 VERSION = "0.33.0"
 
-_ABSENT = {
-    "vllm._C",
-    "vllm._C_stable_libtorch",
-    "vllm._moe_C",
-    "vllm._rocm_C",
-    *("amdsmi", "cutlass", "fastapi", "flashinfer", "llguidance", "lmformatenforcer", "openai", "openai_harmony"),
-    *("opentelemetry", "outlines_core", "partial_json_parser", "quack", "ray", "starlette", "tvm_ffi", "uvicorn"),
-    *("uvloop", "watchfiles", "xgrammar", "ijson", "lark", "depyf", "diskcache", "mcp", "anthropic"),
-    *("prometheus_fastapi_instrumentator", "model_hosting_container_standards", "oss_harmony"),
-}
+_ABSENT = SERVING | {"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._rocm_C"}
 
 
 def make_importable() -> None:
@@ -93,25 +84,6 @@ def _be_rocm() -> None:
     vllm.platforms._current_platform = OnCPU()
     torch.accelerator.empty_cache = lambda: None
     assert rocm.on_gfx950()
-
-
-QUARK = {
-    "quant_method": "quark",
-    "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
-    "exclude": [],
-    "global_quant_config": {
-        "bias": None,
-        "output_tensors": None,
-        **{
-            name: {"dtype": "fp4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32, "is_dynamic": dynamic,
-                   "scale_format": "e8m0", "scale_type": "float", "observer_cls": "PerBlockMXObserver",
-                   "round_method": "half_even", "symmetric": None}
-            for name, dynamic in (("input_tensors", True), ("weight", False))
-        },
-    },
-    "layer_quant_config": {},
-    "layer_type_quant_config": {},
-}  # fmt: skip
 
 
 def make_layer(config: Any, sizes: tuple[int, int, int], *, topk: int = 2, **options: Any) -> nn.Module:
