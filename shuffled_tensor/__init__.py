@@ -8,7 +8,7 @@ from shuffled_tensor.backends.aiter import interop as _interop  # registers oper
 from shuffled_tensor.device import arch, override_arch
 from shuffled_tensor.layouts import LAYOUTS, shuffle_scale, shuffle_weight, unshuffle_scale, unshuffle_weight
 from shuffled_tensor.linear import linear
-from shuffled_tensor.modules import install_, prepare, quantize_experts_, refit, wrap_experts_
+from shuffled_tensor.modules import install_, prepare, quantize_experts_, wrap_experts_
 from shuffled_tensor.moe.explain import Explanation, explain
 from shuffled_tensor.moe.op import fused_moe
 from shuffled_tensor.mxfp4 import SCALE_RULES, dequantize, quantize
@@ -17,6 +17,7 @@ from shuffled_tensor.tensor import ops as _ops  # registers the operations
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.saving import rebuild_storage, rebuild_weight
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
+from shuffled_tensor.updates import Refit, refit
 
 if TYPE_CHECKING:
     from shuffled_tensor.checkpoint import (
@@ -40,6 +41,7 @@ __all__ = [
     "Explanation",
     "Finding",
     "KernelOperands",
+    "Refit",
     "ShuffledMXFP4Tensor",
     "arch",
     "convert",

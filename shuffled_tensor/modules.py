@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What is done to a module: its own weights become ours, all are laid out at a time of the caller's choosing, and new
-values are written past the tensors."""
+"""What is done to a module: its own weights become ours, all are laid out at a time of the caller's choosing, and one
+is put in a parameter's place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shuffled_tensor.tensor.geometry import ALIGN, Align, RowOrder, aligns_of_la
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["install_", "prepare", "quantize_experts_", "refit", "wrap_experts_"]
+__all__ = ["install_", "prepare", "quantize_experts_", "weights_of", "wrap_experts_"]
 
 _log = logging.getLogger("shuffled_tensor")
 
@@ -256,47 +256,6 @@ def prepare(module: nn.Module, *, progress: bool = False) -> nn.Module:
         time.perf_counter() - start,
     )
     return module
-
-
-@contextmanager
-def refit(module: _Module, *, row_order: RowOrder | None = None, whole: bool = False) -> Iterator[_Module]:
-    """Open an update: inside, ``qdata`` and ``scale`` of every weight are row-major bytes, padded, at the same address.
-
-    Gate and up rows come in ``row_order``; None is each weight's own, in which it was made: where that is
-    ``"contiguous"``, gate rows and their pads, then up rows and theirs; ``"interleaved"``, rows in turn, then all pads.
-
-    They may be written in whole or in part, by any means, also through raw pointers. On leaving, pads are rewritten and
-    every weight is laid out as it was before, in place, in scratch of at most 64 MiB or one expert.
-
-    With ``whole``, all of every weight is going to be written, so no bytes are brought into row-major order first: what
-    stands there means nothing. On leaving, it is found out whether something was left: scales, rows, 1 KiB of a row, or
-    columns of 61 rows.
-
-    An exception inside leaves the weights row-major, and unusable until they are written whole: by another refit, which
-    finds out whether it was, by ``load_state_dict`` or ``copy_``; or until ``mark_canonical_()`` says that what they
-    hold is a weight.
-
-    Raises:
-        ValueError: there is no :class:`ShuffledMXFP4Tensor` in ``module``, or the order is unknown.
-        RuntimeError: a refit of a weight is open, or its bytes are perhaps shared with another process; on leaving, a
-            weight that was unusable before, or is refitted ``whole``, was not written whole.
-    """
-    if row_order is not None:
-        check_row_order(True, row_order, rows=0)
-    storages = weights_of(module)
-    for storage in storages:
-        storage.check_refit(row_order)
-    mark = object()  # a weight that another refit has opened meanwhile is that one's to end
-    try:
-        for storage in storages:
-            storage.open_refit(mark, row_order, whole)
-        yield module
-        for storage in storages:
-            storage.close_refit()
-    except BaseException as error:
-        for storage in storages:
-            storage.validity.abandon_refit(mark, error)
-        raise
 
 
 def install_(module: nn.Module, name: str, weight: ShuffledMXFP4Tensor) -> nn.Parameter:

@@ -607,6 +607,17 @@ def test_kernel_operands_are_released(device: str) -> None:
     assert w2.as_kernel_operands(layout="mxfp4_separated").layout == "mxfp4_separated"  # the same bytes
 
 
+@pytest.mark.parametrize("layout", ["mxfp4_moe", "mxfp4_separated", "none"])
+def test_experts_are_rows_of_bytes(device: str, layout: str) -> None:
+    """As a rebalance moves them, through a buffer."""
+    w13 = make_weight("w13", device)
+    values, order = w13.dequantize(), [2, 0, 3, 1]
+    for rows in w13.as_kernel_operands(layout=layout).expert_bytes:
+        assert (rows.dtype, rows.dim(), len(rows)) == (torch.uint8, 2, len(order))
+        rows.copy_(rows[order].clone())
+    assert torch.equal(w13.dequantize(), values[order])
+
+
 def test_kernel_operands_that_do_not_fit(device: str) -> None:
     w13 = make_weight("w13", device, kind="mxfp4_moe")
     with pytest.raises(ValueError, match="made for shuffle_kind='mxfp4_moe', but 'mxfp4_separated' is asked for"):

@@ -666,3 +666,43 @@ def test_a_refit_of_everything(shape: tuple[int, int, int], row_order: str, layo
             weight.dequantize()
     write((2, ...))
     assert_holds(weight, new, layout)
+
+
+# --- opened by one call, ended by another
+
+
+def test_begin_and_end() -> None:
+    old, new = marked_parts(*SMALL), marked_parts(*SMALL, salt=1)
+    weights = [weight_of(old, "mxfp4_moe"), weight_of(old, "mxfp4_separated", gate_up=False)]
+    update = refit({"layer": weights}).begin()
+    for weight in weights:
+        with pytest.raises(RuntimeError, match="it is being written in a refit"):
+            weight.dequantize()
+        poke_weight(weight, new)
+    update.end()
+    for weight, layout in zip(weights, ("mxfp4_moe", "mxfp4_separated"), strict=True):
+        assert_holds(weight, new, layout)
+
+
+def test_abandoned_between_the_calls() -> None:
+    weight = weight_of(marked_parts(*SMALL), "mxfp4_moe")
+    update = refit(weight).begin()
+    update.abandon(TimeoutError())
+    with pytest.raises(RuntimeError, match=r"a refit ended early \(TimeoutError\)"):
+        weight.dequantize()
+
+
+def test_forgotten_between_the_calls() -> None:
+    weight = weight_of(marked_parts(*SMALL), "mxfp4_moe")
+    update = refit(weight).begin()
+    del update
+    with pytest.raises(RuntimeError, match="a refit ended early"):
+        weight.dequantize()
+
+
+def test_one_that_was_never_opened_leaves_others_alone() -> None:
+    weight = weight_of(marked_parts(*SMALL), "mxfp4_moe")
+    with refit(weight):
+        del (other := [refit(weight)])[0]
+        assert not other
+    assert_holds(weight, marked_parts(*SMALL), "mxfp4_moe")

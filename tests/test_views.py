@@ -361,3 +361,14 @@ def test_strides_of_its_own_are_itself() -> None:
     with pytest.raises(TypeError, match=r"the logical dtype must be .*, found torch.int8"):
         torch.zeros_like(weight, dtype=torch.int8)
     assert weight.is_pinned() is False
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_byte_everywhere(layout: str) -> None:
+    """As loaders fill what a checkpoint does not reach."""
+    qdata, scale = marked_parts(3, 96, 160)
+    weight = weight_of((qdata, scale), layout)
+    weight.qdata_view[1].narrow(0, 32, 40).zero_()
+    weight.scale_view[2].narrow(1, 1, 3).fill_(127)
+    qdata[1, 32:72], scale[2, :, 1:4] = 0, 127
+    assert_holds(weight, (qdata, scale), layout)

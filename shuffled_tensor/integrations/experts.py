@@ -22,6 +22,7 @@ from shuffled_tensor.mxfp4 import CODES, SCALES, Part
 from shuffled_tensor.tensor.geometry import Geometry, RowOrder
 from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.validity import State
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["Experts", "LeftAlone", "Loaded", "lay_out", "turned_off"]
@@ -61,6 +62,7 @@ def lay_out(layer: Any, process: Callable[[], None]) -> str | None:
     """
     experts: Experts | None = getattr(layer, "mxfp4_experts", None)
     if experts is not None and experts.are_of(layer):
+        experts.vouch()
         return None
     try:
         loaded = Loaded.of(layer)
@@ -238,6 +240,27 @@ class Experts(NamedTuple):
     def are_of(self, layer: nn.Module) -> bool:
         """Whether the layer's parameters are these bytes."""
         return all(getattr(layer, name).data_ptr() == self.operand(name).data_ptr() for name in _PARAMETERS)
+
+    def vouch(self) -> None:
+        """Their engine says that these bytes are weights, where they were none."""
+        for weight in self:
+            if weight._storage.validity.state is State.INVALID:
+                weight._storage.assume(weight._storage.layout)
+
+    def give_up(self) -> None:
+        """Hold no memory, because the engine frees what its parameters have."""
+        for weight in self:
+            weight._storage.give_up()
+
+    def take(self, layer: nn.Module) -> None:
+        """What the engine has allocated for its parameters since. The weights are unusable until it lays them out, or
+        finds them laid out by its loaders."""
+        for name in _NAMES:
+            storage = self.weight(name)._storage
+            given = [getattr(layer, parameter).detach().view(torch.uint8) for parameter in (name, f"{name}_scale")]
+            storage.take(
+                *(data.view(own.shape) for data, own in zip(given, (storage.qdata, storage.scale), strict=True))
+            )
 
     def take_over(self, layer: nn.Module, loaded: Loaded) -> None:
         """The engine has laid out other values, in memory of its own: they go into these bytes, and these into the

@@ -49,6 +49,12 @@ class KernelOperands:
     hidden_pad: int = 0
     intermediate_pad: int = 0
 
+    @property
+    def expert_bytes(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales as they lie, uint8 ``[E, bytes]`` each, over the same bytes: what a rebalance moves, row by
+        row. Another rank's rows fit where its weight has the same sizes, padding and layout."""
+        return self.weight.view(torch.uint8).flatten(1), self.scale.flatten(1)
+
     def release(self) -> None:
         """Say that these tensors are not used any more. The weight may be laid out anew when nobody else holds it."""
         self._release()

@@ -395,6 +395,21 @@ class PackedStorage:
                 self.validity.layout_after_refit = None
             self._recover()
 
+    def give_up(self) -> None:
+        """Hold no memory any more, until :meth:`take`."""
+        with self.lock:
+            self._fence()
+            self.validity.give_up()
+            self.qdata, self.scale = (data.new_empty(1).expand(data.shape) for data in (self.qdata, self.scale))
+
+    def take(self, qdata: Tensor, scale: Tensor) -> None:
+        """Other memory of the same sizes, in which nothing is a weight yet: it is to be written in the layout that the
+        bytes had."""
+        with self.lock:
+            self.validity.give_up()
+            self.qdata, self.scale = qdata, scale
+            self.own()
+
     def touch(self) -> None:
         """To be called inside :meth:`writing` just before a byte is written, when nothing else can fail."""
         self.validity.touch("writing to it")

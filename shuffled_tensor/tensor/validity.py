@@ -37,6 +37,7 @@ class Validity:
     VALID       :meth:`open_refit`           REFIT
     INVALID     :meth:`open_refit`           REFIT, which must write everything
     REFIT       :meth:`abandon_refit`        INVALID
+    any         :meth:`give_up`              INVALID: there are no bytes
     any         :meth:`recover`              VALID: everything was written, or vouched for
     =========== ============================ ================================================
     """
@@ -121,6 +122,11 @@ class Validity:
                 f"a refit ended early ({type(error).__name__}), and its bytes may be partly old and partly new"
             )
             self.state, self.refit = State.INVALID, None
+
+    def give_up(self) -> None:
+        """The memory is somebody else's from now on."""
+        self.state, self._reason, self.refit = State.INVALID, "its bytes were given up", None
+        self.largest_scale = None
 
     def recover(self) -> None:
         """The bytes are a weight again."""

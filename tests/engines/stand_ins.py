@@ -23,7 +23,7 @@ ENGINES = Path(__file__).parents[2] / ".engines"
 
 SERVING = {
     *("amdsmi", "anthropic", "cutlass", "depyf", "diskcache", "fastapi", "flashinfer", "ijson", "lark", "llguidance"),
-    *("lmformatenforcer", "mcp", "model_hosting_container_standards", "openai", "openai_harmony", "opentelemetry"),
+    *("lmformatenforcer", "mcp", "model_hosting_container_standards", "openai_harmony", "opentelemetry"),
     *("orjson", "oss_harmony", "outlines_core", "partial_json_parser", "prometheus_fastapi_instrumentator", "quack"),
     *("ray", "starlette", "tvm_ffi", "uvicorn", "uvloop", "watchfiles", "xgrammar"),
 }
