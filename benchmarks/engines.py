@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What a serving engine's forward costs with this package under its experts: the engine's own Python, its kernel
-replaced by one copy, so that what is left is the way there. Needs the environment of `make test-engines`:
+replaced by one copy, so that what is left is the way there. Runs in the environment that `make test-engines` makes:
 
-    .engines/venv/bin/python -W ignore -m benchmarks.engines vllm
-    .engines/venv/bin/python -W ignore -m benchmarks.engines sglang
+    .engines/venv/bin/python -W ignore benchmarks/engines.py vllm|sglang
 
 All figures come from one run; the contestants are timed in turns, and the fastest turn of each counts.
 """
@@ -14,10 +13,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.engines.layers import inputs, quark
 
 CALLS, TURNS = 300, 15
@@ -68,9 +69,7 @@ def _report(engine: str, calls: dict[str, Callable[[], object]]) -> None:
                 for _ in range(CALLS):
                     call()
                 best[name] = min(best[name], (time.perf_counter() - start) / CALLS * 1e6)
-    print(
-        f"torch {torch.__version__} on cpu, {torch.get_num_threads()} threads; {engine}, Quark a4w4, microseconds a call"
-    )
+    print(f"torch {torch.__version__} on cpu, {torch.get_num_threads()} threads; {engine}, Quark a4w4, microseconds")
     print()
     for name, taken in best.items():
         print(f"{name:24}{taken:8.1f}{taken / best['alone']:7.2f}x")

@@ -65,7 +65,7 @@ def run_python(block: Block, page: str, namespace: dict[str, Any], *, gfx950: bo
         exec(code, namespace)
 
 
-TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def run_command(line: str) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Unpack the Python of the serving engines that tests/engines/ runs, from their pinned wheels: a folder each."""
+"""Unpack the serving engines that tests/engines/ runs, from their pinned wheels, without what is compiled: a folder
+each."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def unpack(name: str, version: str, folder: Path) -> None:
         subprocess.run([sys.executable, "-m", *download, f"{name}=={version}"], check=True)
         (wheel,) = Path(wheels).glob("*.whl")
         with ZipFile(wheel) as archive:
-            python = [file for file in archive.namelist() if file.endswith((".py", ".json", "/METADATA"))]
-            archive.extractall(folder / f"{name}-{version}", python)
+            files = [file for file in archive.namelist() if not file.endswith(".so")]  # which are gigabytes
+            archive.extractall(folder / f"{name}-{version}", files)
 
 
 if __name__ == "__main__":
