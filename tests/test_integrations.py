@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import refit
+from shuffled_tensor import refit, wrap_experts_
 from shuffled_tensor.integrations.atom import OwnedExperts, OwnedMemory
 from shuffled_tensor.integrations.experts import LeftAlone
 
@@ -210,6 +210,22 @@ def test_dummy_weights_stay_what_they_are(kind: str) -> None:
     assert not any(parameter.view(torch.uint8).any() for parameter in layer.parameters())
     load(layer, checkpoint(1))
     check(layer, checkpoint(1))
+
+
+def test_weights_of_this_package_as_parameters() -> None:
+    """Without the mixins: each step is right, or says what is wrong."""
+    layer = ModelledLayer(ModelledMethod("mxfp4_separated"))
+    load(layer, checkpoint(0))
+    wrap_experts_(layer, row_order="contiguous")
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):  # its scale is None
+        layer.quant_method.process_weights_after_loading(layer)
+    with pytest.raises((TypeError, ValueError), match="copy_ takes"):
+        load(layer, checkpoint(1))
+    with pytest.raises(TypeError, match=r"\.data takes a ShuffledMXFP4Tensor"):
+        ModelledRunner(layer)._release_weights()
+    with pytest.raises(NotImplementedError, match=r"aten\.view\.dtype"):  # the bytes that a rebalance sends
+        layer.w13_weight[0].view(torch.uint8)
+    assert torch.equal(layer.w13_weight.dequantize(torch.float64), dense(*checkpoint(0)["w13_weight"]))
 
 
 def test_an_update_by_this_package() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,6 +203,22 @@ def test_this_package_on_the_engines_layer() -> None:
     load(layer, quark(1))
     assert torch.equal(weight.dequantize(torch.float64), quark(1).w13)
     assert off(layer, quark(1)) < RIGHT
+
+
+@both
+def test_sharded_state(checkpoint: Any, tmp_path: Path) -> None:
+    """What `save_sharded_model` writes is loaded into a model that holds something else, by name."""
+    from safetensors.torch import load_file, save_file
+    from sglang.srt.model_loader.loader import ShardedStateLoader
+
+    others = [loaded(owned, checkpoint(2)) for owned in (False, True)]
+    layer = loaded(True, checkpoint(0))
+    load(layer, checkpoint(1))
+    save_file(ShardedStateLoader._filter_subtensors(layer.state_dict()), tmp_path / "state.safetensors")
+    for other in others:
+        for name, data in load_file(tmp_path / "state.safetensors").items():
+            other.state_dict()[name].copy_(data)
+        assert off(other, checkpoint(1)) < RIGHT
 
 
 # --- weights of this package as parameters, without the plugin

@@ -372,6 +372,18 @@ def test_offloaded_weights_are_left_to_vllm(fake: FakeAiter, monkeypatch: Any, g
     assert "weights are offloaded" in lines[-1]
 
 
+def test_a_checkpoint_that_is_mxfp4_in_part(fake: FakeAiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    lines = said(monkeypatch)
+    register()
+    config = get_quantization_config("quark").from_config(QUARK | {"exclude": ["model.layers.0.mlp.experts"]})
+    layer = v.make_layer(config, (EXPERTS, HIDDEN, INTERMEDIATE))
+    assert type(layer.quant_method) is UnquantizedFusedMoEMethod
+    assert not lines
+
+
 def test_another_backend_of_vllm(fake: FakeAiter, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
     from vllm.model_executor.layers.quantization.quark import quark_moe
