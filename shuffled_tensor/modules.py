@@ -116,7 +116,7 @@ def wrap_experts_(
 def quantize_experts_(
     module: _Module,
     *,
-    row_order: RowOrder,
+    row_order: RowOrder | None = None,
     w13: str = "w13_weight",
     w2: str = "w2_weight",
     shuffle_kind: str | None = None,
@@ -128,10 +128,13 @@ def quantize_experts_(
     Every submodule that holds both names is quantised, one weight after the other, so that one at a time exists twice.
     Attributes that others set on a weight stay on it.
 
+    A model of transformers needs no names and no order: its experts modules say both. They are then computed by
+    :func:`shuffled_tensor.fused_moe`, and the model is saved as :mod:`shuffled_tensor.transformers` has it.
+
     Args:
         module: holds floating-point parameters or buffers, ``w13`` ``[E, 2I, K]`` and ``w2`` ``[E, K, I]``; their dtype
             becomes the logical dtype.
-        row_order: of the gate and up rows of ``w13``: ``"contiguous"`` or ``"interleaved"``.
+        row_order: of the gate and up rows of ``w13``: ``"contiguous"`` or ``"interleaved"``; None for transformers'.
         w13, w2: what the tensors are called: ``"gate_up_proj"`` and ``"down_proj"`` in transformers.
         shuffle_kind: fixes the layout to be shuffled into; None leaves that to the backend that first uses the weights.
         scale_rule: one of :data:`shuffled_tensor.SCALE_RULES`.
@@ -142,10 +145,19 @@ def quantize_experts_(
         ``module``.
 
     Raises:
-        ValueError: nothing is called so, an unknown rule, or a size that does not fit; the message names the parameter.
-            Or another ``align``. Nothing has changed then.
+        ValueError: nothing is called so, no order is given, an unknown rule, or a size that does not fit; the message
+            names the parameter. Or another ``align``. Nothing has changed then.
         TypeError: a weight that is not bfloat16, float16, float32 or float64. Nothing has changed then.
     """
+    if row_order is None:
+        if not any(hasattr(each, "is_concatenated") for each in module.modules()):
+            raise ValueError(
+                "row_order must be 'contiguous' or 'interleaved': in which order the gate and up rows of w13 come is "
+                "said by transformers' experts modules alone, and there are none here"
+            )
+        from shuffled_tensor.integrations.transformers import Mxfp4Config, quantize_model_
+
+        return quantize_model_(module, Mxfp4Config(scale_rule=scale_rule, shuffle_kind=shuffle_kind))
     owners = _owners(module, w13, w2)
     gate_up, down = {"gate_up": True, "row_order": row_order}, {"gate_up": False, "row_order": None}
     w13_align, w2_align = aligns_of_layer(align)
