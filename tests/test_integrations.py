@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shuffled_tensor import refit, wrap_experts_
 from shuffled_tensor.integrations.atom import OwnedExperts, OwnedMemory
-from shuffled_tensor.integrations.experts import LeftAlone
+from shuffled_tensor.integrations.experts import LeftAlone, lay_out
 
 from .support.bytes import marked, marked_parts
 from .support.judges import by_formula, dense
@@ -93,7 +93,9 @@ class ModelledRunner:
     def _resume_weights(self) -> None:
         for name, parameter in self.model.named_parameters():
             shape, dtype = self.released[name]
-            parameter.data = torch.full(shape, 0xEE, dtype=torch.uint8).view(dtype)
+            parameter.data = (
+                torch.full(shape, 0xEE, dtype=torch.uint8).view(dtype) if dtype.itemsize == 1 else torch.ones(shape)
+            )
 
 
 class Runner(OwnedMemory, ModelledRunner):
@@ -250,10 +252,108 @@ def test_other_sizes_in_the_place_of_owned_ones() -> None:
     for name in ("w13_weight", "w2_weight"):
         layer.put(name, marked(EXPERTS - 1, 512, getattr(layer, name).shape[2]), layer.load)
         layer.put(f"{name}_scale", marked(EXPERTS - 1, 512, getattr(layer, name).shape[2] // 16), layer.load)
-    with pytest.raises(LeftAlone, match=r"weights of \[\(2, 512, 512\), \(2, 512, 256\)\] came in the place of"):
+    with pytest.raises(
+        LeftAlone, match=r"weights of \[\(2, 512, 512\), \(2, 512, 256\)\], mxfp4_moe, rows contiguous, came"
+    ):
         layer.quant_method.process_weights_after_loading(layer)
     for weight, pair in zip(layer.mxfp4_experts, checkpoint(0).values(), strict=True):
         assert torch.equal(weight.dequantize(torch.float64), dense(*pair))
+
+
+def test_another_order_in_the_place_of_the_owned_one() -> None:
+    layer = loaded("mxfp4_moe")
+    for name, (codes, scale) in checkpoint(1).items():
+        layer.put(name, codes.view(FP4), layer.load)
+        layer.put(f"{name}_scale", scale, layer.load)
+    layer.quant_method.kind = "mxfp4_separated"
+    with pytest.raises(LeftAlone, match="mxfp4_separated, rows contiguous, came in the place of"):
+        layer.quant_method.process_weights_after_loading(layer)
+    for weight, pair in zip(layer.mxfp4_experts, checkpoint(0).values(), strict=True):
+        assert torch.equal(weight.dequantize(torch.float64), dense(*pair))
+
+
+def test_laid_out_anew_from_new_tensors_and_loaded_again() -> None:
+    layer = loaded("mxfp4_moe")
+    before = [weight.qdata.data_ptr() for weight in layer.mxfp4_experts]
+    for name, (codes, scale) in checkpoint(1).items():
+        layer.put(name, codes.view(FP4), layer.load)
+        layer.put(f"{name}_scale", scale, layer.load)
+    layer.quant_method.process_weights_after_loading(layer)
+    check(layer, checkpoint(1))
+    assert [getattr(layer, name).data_ptr() for name in checkpoint(0)] == before
+    load(layer, checkpoint(2))
+    check(layer, checkpoint(2))
+
+
+def test_the_first_expert_tells_nothing() -> None:
+    """As one that was pruned: another one tells."""
+    parts = {name: tuple(data.clone() for data in pair) for name, pair in checkpoint(0).items()}
+    parts["w13_weight"][0][0] = 0
+    layer = ModelledLayer(Method("mxfp4_moe"))
+    load(layer, parts)
+    layer.quant_method.process_weights_after_loading(layer)
+    check(layer, parts)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_nothing_is_changed_in_a_layer_that_is_left_alone(empty: bool) -> None:
+    parts = {name: tuple(data.clone() for data in pair) for name, pair in checkpoint(0).items()}
+    if empty:
+        parts["w13_weight"][0][0] = 0
+    layers = [ModelledLayer(method) for method in (ModelledMethod("made_up"), Method("made_up"))]
+    for layer in layers:
+        load(layer, parts)
+        layer.quant_method.process_weights_after_loading(layer)
+    assert not hasattr(layers[1], "mxfp4_experts")
+    for one, other in zip(*(layer.parameters() for layer in layers), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_of_an_engine_after_its_sleep(kind: str) -> None:
+    """Its loader leaves the last rows and columns alone."""
+    layer = loaded(kind)
+    runner = Runner(nn.ModuleList([layer]))
+    runner._release_weights()
+    runner._resume_weights()
+    layer.w2_weight.weight_loader = layer.mxfp4_experts._through_view(
+        lambda parameter, data, *_: parameter.data[:, :480, :96].copy_(data), "w2_weight"
+    )
+    new = checkpoint(1)["w2_weight"][0]
+    layer.w2_weight.weight_loader(layer.w2_weight, new[:, :480, :96])
+    layer.quant_method.process_weights_after_loading(layer)
+    found = layer.mxfp4_experts.view("w2_weight").clone()
+    assert torch.equal(found[:, :480, :96], new[:, :480, :96])
+    assert not found[:, 480:].any()
+    assert not found[:, :, 96:].any()
+    assert (layer.mxfp4_experts.view("w2_weight_scale").clone() == 127).all()
+
+
+def test_bias_rows_after_a_sleep() -> None:
+    layer = ModelledLayer(Method("mxfp4_moe", interleaved=True), bias=True)
+    interleaved = {"w13_weight": checkpoint(0)["w13_weight"], "w2_weight": checkpoint(0)["w2_weight"]}
+    for name, pair in interleaved.items():
+        for suffix, data in zip(("", "_scale"), pair, strict=True):
+            for expert in range(EXPERTS):
+                getattr(layer, name + suffix).weight_loader(getattr(layer, name + suffix), data[expert], "all", expert)
+    layer.quant_method.process_weights_after_loading(layer)
+    runner = Runner(nn.ModuleList([layer]))
+    runner._release_weights()
+    runner._resume_weights()
+    bias = torch.arange(2.0 * INTERMEDIATE * EXPERTS).view(EXPERTS, -1)
+    layer.w13_bias.weight_loader(layer.w13_bias, bias)
+    assert torch.equal(layer.w13_bias, torch.cat([bias[:, ::2], bias[:, 1::2]], 1))
+
+
+def test_a_layer_on_the_meta_device() -> None:
+    layer = ModelledLayer(Method("mxfp4_moe")).to("meta")
+    assert lay_out(layer, lambda: None) == "w13_weight has no memory"
+
+
+def test_a_parameter_that_nobody_loads() -> None:
+    layer = ModelledLayer(Method("mxfp4_moe"))
+    del layer.w2_weight_scale.weight_loader
+    assert lay_out(layer, lambda: None) == "nobody loads w2_weight_scale"
 
 
 def test_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,12 +91,15 @@ class Loaded(NamedTuple):
 
     experts: int
     geometries: dict[str, Geometry]
-    first: dict[str, Tensor]
-    """Of each parameter, a copy of the first expert's bytes."""
+    telling: int | None
+    """An expert whose bytes come out differently in every layout; None where there are no experts."""
+    sample: dict[str, Tensor]
+    """Of each parameter, a copy of that expert's bytes."""
     attributes: dict[str, dict[str, Any]]
     """That the engine had put on each parameter: its loader among them."""
     under_marks: Tensor | None
-    """The first expert's codes of w13, where they tell nothing, as those of dummy weights, and others are there now."""
+    """The first expert's codes of w13, where no expert's tell anything, as those of dummy weights, and others are there
+    now."""
 
     @classmethod
     def of(cls, layer: nn.Module) -> Loaded:
@@ -113,6 +116,8 @@ class Loaded(NamedTuple):
                 raise LeftAlone(f"{parameter} is not packed [experts, rows, columns], but {found}")
             if getattr(data, "is_shuffled", False):
                 raise LeftAlone(f"{parameter} is tagged as shuffled already")
+            if data.is_meta or not hasattr(data, "weight_loader"):
+                raise LeftAlone(f"{parameter} has no memory" if data.is_meta else f"nobody loads {parameter}")
             given[parameter] = data.detach()
         geometries = {}
         for name, gate_up in _NAMES.items():
@@ -122,14 +127,17 @@ class Loaded(NamedTuple):
             if geometry.padded_shape(CODES) != geometry.shape(CODES) or scales != (experts, *geometry.shape(SCALES)):
                 raise LeftAlone(f"{name} is {[experts, rows, width]} bytes with scales {list(scales)}")
             geometries[name] = geometry
-        first = {parameter: data[:1].view(torch.uint8).clone() for parameter, data in given.items()}
-        codes, under_marks = first[_W13], None
-        if experts and not _tells(codes, geometries[_W13]):
-            under_marks, place = codes, torch.arange(codes.numel(), device=codes.device)
-            codes = first[_W13] = (place * 2654435761 >> 16 & 255).to(torch.uint8).view_as(codes)
-            given[_W13][:1].view(torch.uint8).copy_(codes)
+        codes, under_marks = given[_W13].view(torch.uint8), None
+        telling = next((expert for expert in range(experts) if _tells(codes[expert], geometries[_W13])), None)
+        if telling is None and experts:
+            telling, under_marks = 0, codes[0].clone()
+            place = torch.arange(under_marks.numel(), device=codes.device)
+            codes[0].copy_((place * 2654435761 >> 16 & 255).view_as(under_marks))
+        sample = {}
+        if telling is not None:
+            sample = {parameter: data.view(torch.uint8)[telling].clone() for parameter, data in given.items()}
         attributes = {parameter: vars(getattr(layer, parameter)).copy() for parameter in _PARAMETERS}
-        return cls(experts, geometries, first, attributes, under_marks)
+        return cls(experts, geometries, telling, sample, attributes, under_marks)
 
     def laid_out(self, layer: nn.Module) -> tuple[dict[str, Tensor], Layout, RowOrder]:
         """What the engine has made of them since: by parameter, its bytes ``[E, padded rows, padded bytes]``; and how
@@ -140,7 +148,7 @@ class Loaded(NamedTuple):
         """
         made = {parameter: self._bytes(layer, parameter) for parameter in _PARAMETERS}
         for layout, row_order in _ways():
-            if all(self._became(parameter, data[:1], layout, row_order) for parameter, data in made.items()):
+            if all(self._became(parameter, made[parameter], layout, row_order) for parameter in self.sample):
                 return made, layout, row_order
         known = ", ".join(dict.fromkeys(layout.name for layout, _ in _ways()))
         raise LeftAlone(f"its engine has laid it out in no way that is known here ({known})")
@@ -155,13 +163,13 @@ class Loaded(NamedTuple):
             raise LeftAlone(f"what became of {parameter} is not contiguous, or not at a multiple of 16 bytes")
         return data.detach().view(torch.uint8).view(size)
 
-    def _became(self, parameter: str, found: Tensor, layout: Layout, row_order: RowOrder) -> bool:
-        """Whether what was loaded into a parameter, laid out so, is what is found."""
+    def _became(self, parameter: str, made: Tensor, layout: Layout, row_order: RowOrder) -> bool:
+        """Whether what was loaded into a parameter, laid out so, is what was made of it."""
         name, part = _PARAMETERS[parameter]
         geometry = self.geometries[name]
         interleaved = geometry.gate_up and row_order == "interleaved"
-        expected = geometry.pad(part, self.first[parameter], interleaved=interleaved)
-        row_major = layout.order(part, geometry.gate_up).unshuffle(found)
+        expected = geometry.pad(part, self.sample[parameter].unsqueeze(0), interleaved=interleaved)
+        row_major = layout.order(part, geometry.gate_up).unshuffle(made[self.telling].unsqueeze(0))
         columns = geometry.shape(part)[1]  # what stands in pads is the engine's
         return torch.equal(row_major[..., :columns], expected[..., :columns])
 
@@ -172,10 +180,10 @@ def _ways() -> Iterator[tuple[Layout, RowOrder]]:
 
 
 def _tells(codes: Tensor, geometry: Geometry) -> bool:
-    """Whether the codes of w13, ``[1, N, K/2]``, come out differently in each way."""
+    """Whether an expert's codes of w13, ``[N, K/2]``, come out differently in each way."""
     out = []
     for layout, row_order in _ways():
-        row_major = geometry.pad(CODES, codes, interleaved=row_order == "interleaved")
+        row_major = geometry.pad(CODES, codes.unsqueeze(0), interleaved=row_order == "interleaved")
         out.append(layout.order(CODES, True).shuffle(row_major))
     return not any(torch.equal(one, other) for one, other in combinations(out, 2))
 
@@ -203,20 +211,23 @@ class Experts(NamedTuple):
             storage.lock_layout()
             weights.append(ShuffledMXFP4Tensor._wrap(storage, storage.whole(), 3, torch.bfloat16))
         experts = cls(*weights)
-        for parameter, attributes in loaded.attributes.items():
-            there = getattr(layer, parameter)  # perhaps a new one, on which nobody has put anything
-            vars(there).update(attributes | vars(there))
-            there.weight_loader = experts._through_view(there.weight_loader, parameter)
-        for name in _BIASES:
-            bias = getattr(layer, name, None)
-            if bias is not None:
-                bias.weight_loader = experts._in_row_order(bias.weight_loader, bias.data_ptr())
+        experts._load_through_views(layer, loaded)
         experts._unmark(loaded)
         return experts
 
+    def _load_through_views(self, layer: nn.Module, loaded: Loaded) -> None:
+        for parameter, attributes in loaded.attributes.items():
+            there = getattr(layer, parameter)  # perhaps a new one, on which nobody has put anything
+            vars(there).update(attributes | vars(there))
+            there.weight_loader = self._through_view(attributes["weight_loader"], parameter)
+        for name in _BIASES:
+            loader = getattr(getattr(layer, name, None), "weight_loader", None)
+            if loader is not None and not hasattr(loader, "in_row_order"):
+                getattr(layer, name).weight_loader = self._in_row_order(loader, layer, name)
+
     def _unmark(self, loaded: Loaded) -> None:
         if loaded.under_marks is not None:
-            self.w13.qdata_view[:1].copy_(loaded.under_marks)
+            self.w13.qdata_view[0].copy_(loaded.under_marks)
 
     @property
     def summary(self) -> str:
@@ -258,9 +269,9 @@ class Experts(NamedTuple):
         for name in _NAMES:
             storage = self.weight(name)._storage
             given = [getattr(layer, parameter).detach().view(torch.uint8) for parameter in (name, f"{name}_scale")]
-            storage.take(
-                *(data.view(own.shape) for data, own in zip(given, (storage.qdata, storage.scale), strict=True))
-            )
+            for data, pad in zip(given, (CODES.pad, SCALES.pad), strict=True):
+                data.fill_(pad)  # which loaders leave where an engine pads
+            storage.take(given[0].view(storage.qdata.shape), given[1].view(storage.scale.shape))
 
     def take_over(self, layer: nn.Module, loaded: Loaded) -> None:
         """The engine has laid out other values, in memory of its own: they go into these bytes, and these into the
@@ -270,22 +281,21 @@ class Experts(NamedTuple):
             LeftAlone: they cannot; these bytes are as they were.
         """
         made, layout, row_order = loaded.laid_out(layer)
-        sizes = [tuple(one.shape) for one in self]
-        found = [(loaded.experts, geometry.rows, geometry.columns) for geometry in loaded.geometries.values()]
-        if found != sizes:
-            raise LeftAlone(f"weights of {found} came in the place of {sizes}")
+        known = [tuple(one.shape) for one in self], self.w13.shuffle_kind, self.w13.row_order
+        sizes = [(loaded.experts, geometry.rows, geometry.columns) for geometry in loaded.geometries.values()]
+        if loaded.experts and (sizes, layout.name, row_order) != known:
+            raise LeftAlone(f"weights of {sizes}, {layout.name}, rows {row_order}, came in the place of {known}")
         for name in _NAMES:
             storage = self.weight(name)._storage
             with storage.writing(whole=True):
                 storage.touch()
                 storage.qdata.copy_(made[name])
                 storage.scale.copy_(made[f"{name}_scale"])
-                storage.validity.layout = storage.locked_layout = layout
-                storage.validity.row_order = row_order if storage.geometry.gate_up else "contiguous"
         self._unmark(loaded)
         for parameter in _PARAMETERS:
             there = getattr(layer, parameter)
             there.data = self.operand(parameter).view(there.dtype).view(there.shape)
+        self._load_through_views(layer, loaded)
 
     def _through_view(self, loader: Callable[..., Any], parameter: str) -> Callable[..., Any]:
         @functools.wraps(loader)
@@ -298,17 +308,20 @@ class Experts(NamedTuple):
 
         return load
 
-    def _in_row_order(self, loader: Callable[..., Any], address: int) -> Callable[..., Any]:
+    def _in_row_order(self, loader: Callable[..., Any], layer: nn.Module, name: str) -> Callable[..., Any]:
         """Of the bias of w13, whose rows the engine has parted as those of the weight."""
 
         @functools.wraps(loader)
         def load(param: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if param.data_ptr() != address or self.w13.row_order != "interleaved":
+            if param.data_ptr() != getattr(layer, name).data_ptr() or self.w13.row_order != "interleaved":
                 return loader(param, *args, **kwargs)
-            as_loaded = nn.Parameter(param.data.unflatten(1, (2, -1)).transpose(1, 2).flatten(1), requires_grad=False)
-            vars(as_loaded).update(vars(param))
-            result = loader(as_loaded, *args, **kwargs)
-            param.data.copy_(as_loaded.data.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1))
+            with self.w13._storage.lock:  # others may load other experts' meanwhile
+                rows = param.data.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+                as_loaded = nn.Parameter(rows, requires_grad=False)
+                vars(as_loaded).update(vars(param))
+                result = loader(as_loaded, *args, **kwargs)
+                param.data.copy_(as_loaded.data.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1))
             return result
 
+        load.in_row_order = True  # type: ignore[attr-defined]
         return load

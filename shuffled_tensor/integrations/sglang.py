@@ -43,9 +43,13 @@ def register() -> None:
         if not why:
             from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-            for target in _PROCESS:
+            for target in (
+                *_PROCESS,
+                "sglang.srt.utils.is_gfx95_supported",
+                "sglang.srt.utils.offloader.get_offloader",
+            ):
                 pkgutil.resolve_name(target)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever it is, SGLang starts without this
         why = f"this SGLang names things otherwise ({error})"
     if why:
         _log.info("shuffled_tensor stands aside: %s", why)
@@ -56,19 +60,33 @@ def register() -> None:
 
 def _process(original: Callable[..., None], method: Any, layer: Any) -> None:
     """Around what lays out a layer."""
-    from sglang.srt.utils import is_gfx95_supported
-
-    if not is_gfx95_supported():
-        original(method, layer)
-        _say_once("shuffled_tensor leaves MXFP4 experts to SGLang: this GPU is no gfx950")
-        return
     again = hasattr(layer, "mxfp4_experts")
-    why = lay_out(layer, partial(original, method, layer))
+    why = _not_ours(method)
     if why:
-        _say_once(f"shuffled_tensor leaves MXFP4 experts to SGLang, layer {layer.layer_id} first: {why}")
+        original(method, layer)
+    else:
+        why = lay_out(layer, partial(original, method, layer))
+    if why:
+        _say_once(f"shuffled_tensor leaves MXFP4 experts to SGLang: {why}")
     elif not again:
         _say_once(f"shuffled_tensor owns MXFP4 experts: {layer.mxfp4_experts.summary} a layer")
-        _log.debug("shuffled_tensor owns the experts of layer %s", layer.layer_id)
+
+
+def _not_ours(method: Any) -> str | None:
+    from sglang.srt.utils import is_gfx95_supported
+    from sglang.srt.utils.offloader import NoopOffloader, get_offloader
+
+    if not is_gfx95_supported():
+        return "this GPU is no gfx950"
+    if not isinstance(get_offloader(), NoopOffloader):
+        return "weights are offloaded"
+    for name in ("use_triton_kernels", "use_marlin", "use_flashinfer", "use_deep_gemm", "use_mega_moe"):
+        if getattr(method, name, False):
+            return f"SGLang's kernels for them are others ({name})"
+    # these look for the parameter itself while they load, and quantise into it
+    if getattr(method, "quantize_shared_expert_online", False) or getattr(method, "dequantization_config", None):
+        return "weights are quantised while they are loaded"
+    return None
 
 
 def _say_once(line: str) -> None:

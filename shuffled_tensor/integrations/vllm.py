@@ -35,7 +35,7 @@ def register() -> None:
     """Put weights of this package under vLLM's MXFP4 experts, or say in one line why not."""
     try:
         why = turned_off() or _override()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # vLLM would end with it
         why = f"this vLLM names things otherwise ({error})"
     if why:
         _log().info("shuffled_tensor stands aside: %s", why)
@@ -63,34 +63,50 @@ def _override() -> str | None:
     for name in configs:
         if name in registered and registered[name].__module__ != __name__:
             return f"another plugin has registered quantization {name!r}: {registered[name].__module__}"
-    for name, config in configs.items():
-        quantization.register_quantization_config(name)(_owning_config(config))
+    for name in configs:
+        quantization.register_quantization_config(name)(_owning_config(name))
     return None
 
 
-def _owning_config(config: Any) -> Any:
+def _owning_config(name: str) -> Any:
     """A configuration of vLLM's, whose methods for experts own bytes."""
+    module, config = _CONFIGS[name]
+    theirs: Any = getattr(import_module(module), config)
 
-    class Owning(config):  # type: ignore[misc]
+    class Owning(theirs):  # type: ignore[misc]
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
             method = super().get_quant_method(layer, prefix)
             if hasattr(method, "mxfp4_backend"):
-                why = _not_ours(method.mxfp4_backend.name)
+                try:
+                    why = _not_ours(layer, method.mxfp4_backend.name)
+                except AttributeError as error:
+                    why = f"this vLLM names things otherwise ({error})"
                 if why is None:
                     method.__class__ = _owning_method(type(method))
                 else:
                     _log().info_once("shuffled_tensor leaves MXFP4 experts to vLLM: %s", why)
             return method
 
-    Owning.__name__ = config.__name__
+        def __reduce__(self) -> Any:  # vLLM sends it to the processes that load the model
+            return _configured, (name, vars(self))
+
+    Owning.__name__ = theirs.__name__
     return Owning
 
 
-def _not_ours(backend: str) -> str | None:
+def _configured(name: str, state: dict[str, Any]) -> Any:
+    config = object.__new__(_owning_config(name))
+    vars(config).update(state)
+    return config
+
+
+def _not_ours(layer: Any, backend: str) -> str | None:
     from vllm.config import get_current_vllm_config
 
     if backend not in _BACKENDS:
         return f"their backend is {backend}"
+    if layer._fused_shared_expert_quantizer is not None:
+        return "a shared expert is quantised into them while it is loaded, past the loaders of their parameters"
     offload = get_current_vllm_config().offload_config
     if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
         return "weights are offloaded to the CPU"
@@ -105,10 +121,14 @@ def _owning_method(method: type[Any]) -> Any:
             # what vLLM makes a second time has scales of its own, which it copies into the first ones and drops
             first = getattr(self, "moe_quant_config", None), getattr(self, "moe_kernel", None)
             again = hasattr(layer, "mxfp4_experts")
-            why = lay_out(layer, partial(super().process_weights_after_loading, layer))
+            try:
+                why = lay_out(layer, partial(super().process_weights_after_loading, layer))
+            finally:
+                if again:
+                    self.moe_quant_config, self.moe_kernel = first
             if again:
-                self.moe_quant_config, self.moe_kernel = first
-            elif why:
+                return
+            if why:
                 _log().warning("shuffled_tensor leaves %s to vLLM: %s", layer.layer_name, why)
             else:
                 _log().info_once("shuffled_tensor owns MXFP4 experts: %s a layer", layer.mxfp4_experts.summary)

@@ -400,6 +400,7 @@ class PackedStorage:
         with self.lock:
             self._fence()
             self.validity.give_up()
+            self._owned = None
             self.qdata, self.scale = (data.new_empty(1).expand(data.shape) for data in (self.qdata, self.scale))
 
     def take(self, qdata: Tensor, scale: Tensor) -> None:

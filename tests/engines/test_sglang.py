@@ -299,6 +299,35 @@ def test_another_gpu(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert off(layer, quark(0)) < RIGHT
 
 
+def test_offloaded_weights_are_left_to_sglang(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.utils import offloader
+
+    monkeypatch.setattr(offloader, "_instance", object())
+    layer = make(True, quark(0))
+    load(layer, quark(0))
+    process(layer)
+    assert said() == ["shuffled_tensor leaves MXFP4 experts to SGLang: weights are offloaded"]
+    assert not hasattr(layer, "mxfp4_experts")
+
+
+def test_experts_that_are_quantised_while_they_are_loaded(said: Any) -> None:
+    layer = make(True, quark(0))
+    load(layer, quark(0))
+    layer.scheme.quantize_shared_expert_online = True
+    process(layer)
+    assert said() == ["shuffled_tensor leaves MXFP4 experts to SGLang: weights are quantised while they are loaded"]
+    assert not hasattr(layer, "mxfp4_experts")
+
+
+def test_other_kernels_of_sglang(said: Any) -> None:
+    layer = make(True, gpt_oss(0))
+    layer.quant_method.use_marlin = True
+    plugin._process(lambda method, layer: None, layer.quant_method, layer)
+    assert said() == [
+        "shuffled_tensor leaves MXFP4 experts to SGLang: SGLang's kernels for them are others (use_marlin)"
+    ]
+
+
 def test_weights_that_were_laid_out_already(said: Any) -> None:
     layer = make(True, quark(0))
     load(layer, quark(0))

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -384,6 +386,32 @@ def test_a_checkpoint_that_is_mxfp4_in_part(fake: FakeAiter, monkeypatch: pytest
     assert not lines
 
 
+@pytest.mark.parametrize("kind", ["quark", "mxfp4", "gpt_oss_mxfp4"])
+def test_the_configuration_reaches_another_process(fake: FakeAiter, kind: str) -> None:
+    """vLLM makes it in its front end, and sends it to those that load the model."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    register()
+    config = get_quantization_config(kind).from_config(QUARK)
+    for sent in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert (type(sent).__name__, vars(sent).keys()) == (type(config).__name__, vars(config).keys())
+        layer = v.make_layer(sent, (EXPERTS, HIDDEN, INTERMEDIATE))
+        assert "Owning" in type(layer.quant_method).__qualname__
+
+
+def test_a_shared_expert_that_is_quantised_into_them(fake: FakeAiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    lines = said(monkeypatch)
+    monkeypatch.setattr(
+        RoutedExperts, "_get_fused_shared_expert_quantizer", lambda self: lambda weight: (weight, weight)
+    )
+    model = make(True)
+    process(model)
+    assert not hasattr(model["experts"], "mxfp4_experts")
+    assert "a shared expert is quantised into them" in lines[-1]
+
+
 def test_another_backend_of_vllm(fake: FakeAiter, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
     from vllm.model_executor.layers.quantization.quark import quark_moe
@@ -418,6 +446,8 @@ def test_a_layout_that_is_not_known(fake: FakeAiter, monkeypatch: pytest.MonkeyP
     process(model)
     assert "in no way that is known here" in lines[-1]
     assert not hasattr(model["experts"], "mxfp4_experts")
+    for parameter in model.parameters():
+        assert not hasattr(parameter.weight_loader, "__wrapped__")
 
 
 def test_a_reload_in_a_layout_that_is_not_known(fake: FakeAiter, monkeypatch: pytest.MonkeyPatch) -> None:
