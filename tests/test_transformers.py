@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -408,6 +409,22 @@ def test_quantize_experts_reads_names_and_order_off_the_modules(family: str) -> 
     model = plain(family)
     assert quantize_experts_(model) is model
     torch.testing.assert_close(logits(model), logits(rounded(plain(family))), atol=1e-5, rtol=1e-5)
+
+
+def test_torchaos_own_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of docs/TRANSFORMERS.md."""
+    pytest.importorskip("torchao", reason="waits for torchao")
+    page = (Path(__file__).parents[1] / "docs" / "TRANSFORMERS.md").read_text(encoding="utf-8")
+    recipe = page[page.index("```text torchao\n") :].split("```")[1].removeprefix("text torchao\n")
+    model = plain("qwen3_moe")
+    exec(recipe, {"model": model})
+    assert len(packed_weights(model)) == 4
+    torch.testing.assert_close(logits(model), logits(rounded(plain("qwen3_moe"))), atol=1e-5, rtol=1e-5)
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "transformers_gpt_oss.py"), run_name="__main__")
+    assert "saved as down_proj_bias, down_proj_blocks, down_proj_scales" in capsys.readouterr().out
 
 
 def test_the_saved_config_is_one_of_compressed_tensors() -> None:

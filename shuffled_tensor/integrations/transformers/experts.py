@@ -111,6 +111,8 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     if not isinstance(self.gate_up_proj, ShuffledMXFP4Tensor):  # a layer that is not packed
         plain: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         return plain
+    if not hasattr(self, "packed_gate"):  # somebody else has packed it
+        prepare_(type(self).__name__, self)
     wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
     if wants_gradient or self.packed_gate is None:
         return _one_by_one(self, hidden_states, top_k_index, top_k_weights)
