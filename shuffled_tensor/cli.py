@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from shuffled_tensor import __version__
 from shuffled_tensor.backends.base import BACKENDS, unavailable
 from shuffled_tensor.backends.doctor import doctor
 from shuffled_tensor.device import arch
@@ -18,11 +21,21 @@ from shuffled_tensor.picture import picture
 _LAYOUTS = [name for name, layout in LAYOUTS.items() if layout is not ROW_MAJOR]
 
 
+_NOTHING_TO_COMPARE = 3
+_STATUSES = (
+    "exit status: 0 where all is well; 1 where something is wrong, with a line that says what; 2 for a command line "
+    "that is none; 3 for verify where nothing has a checksum to be compared with; 130 after Ctrl-C"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if error.name not in ("safetensors", "tqdm"):
             raise
@@ -37,15 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shuffled-tensor" if script else "python -m shuffled_tensor",
         description="MXFP4 expert weights: checkpoints and layouts",
+        epilog=_STATUSES,
     )
+    parser.add_argument("--version", action="version", version=f"shuffled_tensor {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="a table of the MXFP4 weights in a checkpoint, and their problems")
     inspect.add_argument("path", help="a safetensors file, or a directory of them")
+    inspect.add_argument("--read", action="store_true", help="read the weights too, and compare them with checksums")
+    inspect.add_argument("--json", action="store_true", help="a JSON list, an object a weight, for other programs")
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser(
-        "verify", help="compare every weight with its checksum; exit 1 where one is damaged, or none has one"
+        "verify", help="compare every weight with its checksum; exit 1 where one is damaged, 3 where none has one"
     )
     verify.add_argument("path", help="a safetensors file, or a directory of them")
     verify.set_defaults(run=_verify)
@@ -110,22 +127,27 @@ def _positive(text: str) -> int:
 def _inspect(options: argparse.Namespace) -> bool:
     from shuffled_tensor.checkpoint.inspection import inspect, table
 
-    findings = inspect(options.path)
-    print(table(findings))
+    findings = inspect(options.path, read=options.read)
+    print(json.dumps([asdict(finding) for finding in findings], indent=1) if options.json else table(findings))
     return any(finding.problems for finding in findings)
 
 
-def _verify(options: argparse.Namespace) -> bool:
+def _verify(options: argparse.Namespace) -> int:
     from shuffled_tensor.checkpoint.inspection import inspect
 
-    findings = inspect(options.path)
+    findings = inspect(options.path, read=True)
     for finding in findings:
         for problem in finding.problems:
             print(f"{finding.name}: {problem}")
     recorded = sum(finding.recorded for finding in findings)
     damaged = sum(bool(finding.problems) for finding in findings)
     print(f"{len(findings)} weights read, {recorded} compared with a checksum, {damaged} with problems")
-    return damaged > 0 or recorded == 0
+    if damaged:
+        return 1
+    if not recorded:
+        print("no file has a checksum to compare with; convert writes one for every weight")
+        return _NOTHING_TO_COMPARE
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> bool:

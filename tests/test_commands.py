@@ -16,6 +16,7 @@ from torch import Tensor
 
 import shuffled_tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, inspect, picture, save_file
+from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.cli import main
 
 from .support.layer import make_weight, weight_parts
@@ -53,66 +54,130 @@ def flip(path: Path, tensor: str, value: int | None = None) -> None:
 
 
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "deepseek.safetensors"]) == 0
+    assert main(["inspect", "deepseek.safetensors", "--read"]) == 0
     assert_expected_inline(
         capsys.readouterr().out,
         """\
-tensor                           format    shape      layout     scales     checksum      problems
-layers.0.ffn.experts.w13_weight  deepseek  4x320x544  canonical  2^-7..2^0  c2fe5135997e  none (no checksum in the file)
-layers.0.ffn.experts.w2_weight   deepseek  4x544x160  canonical  2^-7..2^0  455994b40b8e  none (no checksum in the file)
+tensor                           format    shape      layout     size       scales     checksum      problems
+layers.0.ffn.experts.w13_weight  deepseek  4x320x544  canonical  361.2 KiB  2^-7..2^0  c2fe5135997e  none (no checksum in the file)
+layers.0.ffn.experts.w2_weight   deepseek  4x544x160  canonical  180.6 KiB  2^-7..2^0  455994b40b8e  none (no checksum in the file)
+weights: 2, layers: 1, size: 541.9 KiB
 """,
     )
-    assert main(["inspect", "ours.safetensors"]) == 0
+    assert main(["inspect", "ours.safetensors", "--read"]) == 0
     assert_expected_inline(
         capsys.readouterr().out,
         """\
-tensor                                 format           shape      layout     scales     checksum      problems
-model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  2^-7..2^0  c2fe5135997e  none
-model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  2^-7..2^0  455994b40b8e  none
+tensor                                 format           shape      layout     size       scales     checksum      problems
+model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  361.2 KiB  2^-7..2^0  c2fe5135997e  none
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  180.6 KiB  2^-7..2^0  455994b40b8e  none
+weights: 2, layers: 1, size: 541.9 KiB
 """,
     )
 
 
 def test_checksums_are_those_of_the_tensors(folder: Path) -> None:
-    found = {finding.name.rpartition(".")[2]: finding.checksum for finding in inspect("deepseek.safetensors")}
+    found = {
+        finding.name.rpartition(".")[2]: finding.checksum for finding in inspect("deepseek.safetensors", read=True)
+    }
     assert found == {f"{which}_weight": make_weight(which).logical_checksum() for which in ("w13", "w2")}
 
 
 def test_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(folder / "ours.safetensors", f"{LAYER}.w2_weight.qdata")
     flip(folder / "deepseek.safetensors", "layers.0.ffn.experts.2.w3.scale", 255)
-    assert main(["inspect", "ours.safetensors"]) == 1
+    assert main(["inspect", "ours.safetensors", "--read"]) == 1
     assert main(["verify", "ours.safetensors"]) == 1
-    assert main(["inspect", "deepseek.safetensors"]) == 1
+    assert main(["inspect", "deepseek.safetensors", "--read"]) == 1
     tensors = deepseek()
     del tensors["layers.0.ffn.experts.1.w2.scale"]
     save_plain(tensors, folder / "incomplete.safetensors")
-    assert main(["inspect", "incomplete.safetensors"]) == 1
+    assert main(["inspect", "incomplete.safetensors", "--read"]) == 1
     assert_expected_inline(
         capsys.readouterr().out,
         """\
-tensor                                 format           shape      layout     scales     checksum      problems
-model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  2^-7..2^0  c2fe5135997e  none
-model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  2^-7..2^0  0eb0d3687249  damaged: the manifest says checksum 455994b40b8e
+tensor                                 format           shape      layout     size       scales     checksum      problems
+model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  361.2 KiB  2^-7..2^0  c2fe5135997e  none
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  180.6 KiB  2^-7..2^0  0eb0d3687249  damaged: the manifest says checksum 455994b40b8e
+weights: 2, layers: 1, size: 541.9 KiB
 model.layers.0.mlp.experts.w2_weight: damaged: the manifest says checksum 455994b40b8e
 2 weights read, 2 compared with a checksum, 1 with problems
-tensor                           format    shape      layout     scales     checksum      problems
-layers.0.ffn.experts.w13_weight  deepseek  4x320x544  canonical  2^-7..2^0  172902432679  1 scales are NaN (255)
-layers.0.ffn.experts.w2_weight   deepseek  4x544x160  canonical  2^-7..2^0  455994b40b8e  none (no checksum in the file)
-tensor                format    shape  layout  scales  checksum  problems
-layers.0.ffn.experts  deepseek                                   layers.0.ffn.experts.0.w2.weight in incomplete.safetensors has no scale of expert 1 beside it
+tensor                           format    shape      layout     size       scales     checksum      problems
+layers.0.ffn.experts.w13_weight  deepseek  4x320x544  canonical  361.2 KiB  2^-7..2^0  172902432679  1 scales are NaN (255)
+layers.0.ffn.experts.w2_weight   deepseek  4x544x160  canonical  180.6 KiB  2^-7..2^0  455994b40b8e  none (no checksum in the file)
+weights: 2, layers: 1, size: 541.9 KiB
+tensor                format    problems
+layers.0.ffn.experts  deepseek  layers.0.ffn.experts.0.w2.weight in incomplete.safetensors has no scale of expert 1 beside it
+weights: 1, layers: 1, size: 0.0 KiB
 """,
     )
 
 
+def test_inspect_reads_headers_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Weight, "read", lambda *_: pytest.fail("it has read bytes"))
+    flip(folder / "ours.safetensors", f"{LAYER}.w2_weight.qdata")  # which nobody sees
+    assert main(["inspect", "."]) == 0
+    assert_expected_inline(
+        capsys.readouterr().out,
+        """\
+tensor                                 format           shape      layout     size       checksum      problems
+layers.0.ffn.experts.w13_weight        deepseek         4x320x544  canonical  361.2 KiB                none (no checksum in the file)
+layers.0.ffn.experts.w2_weight         deepseek         4x544x160  canonical  180.6 KiB                none (no checksum in the file)
+model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  361.2 KiB  c2fe5135997e  none
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  180.6 KiB  455994b40b8e  none
+weights: 4, layers: 2, size: 1.1 MiB
+""",
+    )
+
+
+def test_inspect_for_other_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", ".", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], tuple(row["shape"]), row["problems"]) for row in rows] == [
+        (finding.name, finding.shape, []) for finding in inspect(".")
+    ]
+    assert sum(row["nbytes"] for row in rows) == sum(data.nbytes for data in deepseek().values()) + sum(
+        make_weight(name).numel() // 2 + make_weight(name).numel() // 32 for name in ("w13", "w2")
+    )
+
+
+def test_layers_come_in_the_order_of_their_numbers(folder: Path) -> None:
+    layers = {f"layers.{layer}.w2_weight": make_weight("w2") for layer in (10, 9, 100)}
+    layers |= {f"layers.{layer}.w13_weight": make_weight("w13") for layer in (10, 9, 100)}
+    save_file(layers, "many.safetensors")
+    names = [finding.name.split(".")[1:] for finding in inspect("many.safetensors")]
+    assert names == [[layer, which] for layer in ("9", "10", "100") for which in ("w13_weight", "w2_weight")]
+
+
+def test_an_interrupt_is_a_line_and_a_status(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Weight, "read", interrupt)
+    assert main(["verify", "ours.safetensors"]) == 130
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.splitlines()[-1]) == ("", "stopped")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"shuffled_tensor {shuffled_tensor.__version__}\n"
+
+
 def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "ours.safetensors"]) == 0
-    assert main(["verify", "deepseek.safetensors"]) == 1  # it has nothing to be compared with
+    assert main(["verify", "deepseek.safetensors"]) == 3  # it has nothing to be compared with
     assert_expected_inline(
         capsys.readouterr().out,
         """\
 2 weights read, 2 compared with a checksum, 0 with problems
 2 weights read, 0 compared with a checksum, 0 with problems
+no file has a checksum to compare with; convert writes one for every weight
 """,
     )
 
@@ -165,7 +230,7 @@ def test_as_a_process(folder: Path) -> None:
     """Nothing but the table is on standard output, and no progress bar where nobody looks."""
     command = [sys.executable, "-W", "error", "-m", "shuffled_tensor", "inspect", "ours.safetensors"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 4
     assert done.stderr == ""
 
 
@@ -183,8 +248,8 @@ def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_every_weight_of_a_mixed_folder_is_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(folder / "deepseek.safetensors", "layers.0.ffn.experts.2.w3.scale", 255)
-    assert main(["inspect", "."]) == 1
+    assert main(["inspect", ".", "--read"]) == 1
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert sorted(names[1:]) == [
+    assert sorted(names[1:-1]) == [
         *(f"{layer}.{which}" for layer in ("layers.0.ffn.experts", LAYER) for which in ("w13_weight", "w2_weight"))
     ]

@@ -40,7 +40,7 @@ def assert_refused_everywhere(folder: Path, tensors: dict[str, Tensor], message:
         convert(path, folder / "converted.safetensors")
     assert list(folder.iterdir()) == [path]
     assert main(["convert", str(path), str(folder / "converted.safetensors")]) == 1
-    problems = [(finding.name, problem) for finding in inspect(path) for problem in finding.problems]
+    problems = [(finding.name, problem) for finding in inspect(path, read=True) for problem in finding.problems]
     assert any(name == layer and re.match(message, problem) for name, problem in problems)
     assert main(["verify", str(path)]) == 1
 
@@ -106,17 +106,17 @@ def test_a_companion_of_our_own_weights(companion: str, tmp_path: Path) -> None:
 def test_weights_of_any_name_beside_buffers_of_their_module(tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     save_file({"a.experts.up": weight_of(DENSE.w13), "a.experts.expert_map": torch.arange(4)}, path)
-    assert [finding.problems for finding in inspect(path)] == [()]
+    assert [finding.problems for finding in inspect(path, read=True)] == [()]
     assert main(["verify", str(path)]) == 0
 
 
 def test_what_inspect_says_of_a_companion(tmp_path: Path) -> None:
     name, path = layer_name("quark"), tmp_path / "model.safetensors"
     save_plain(in_format("quark", DENSE, name) | {f"{name}.0.norm.weight": torch.ones(1)}, path)
-    (found,) = (finding for finding in inspect(path) if finding.problems)
+    (found,) = (finding for finding in inspect(path, read=True) if finding.problems)
     (problem,) = found.problems
     assert problem.startswith(f"{name}.0.norm.weight in {path} is named as in no format that is known")
-    assert found == Finding(name, "unknown", (), "", "", "", False, (problem,))
+    assert found == Finding(name, "unknown", (), "", 0, "", "", False, (problem,))
 
 
 def test_names_are_kept_to_the_letter(tmp_path: Path) -> None:

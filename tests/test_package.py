@@ -60,7 +60,7 @@ def test_the_version_is_what_is_cited() -> None:
 
 def test_tables_and_reports_cannot_be_changed() -> None:
     """All weights of a process are read by the same tables."""
-    for row in (LAYOUTS["mxfp4_moe"], CODES, Finding(*8 * [None]), Explanation(*10 * [None])):
+    for row in (LAYOUTS["mxfp4_moe"], CODES, Finding(*9 * [None]), Explanation(*10 * [None])):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(row, dataclasses.fields(row)[0].name, "another")
 
@@ -131,7 +131,7 @@ def test_the_usage_says_how_it_was_called(
     monkeypatch.setattr(sys, "argv", [called, "--help"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert capsys.readouterr().out.startswith(f"usage: {shown} [-h] COMMAND ...\n")
+    assert capsys.readouterr().out.startswith(f"usage: {shown} [-h] [--version] COMMAND ...\n")
 
 
 # --- The sdist

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,21 +39,25 @@ class Finding:
     shape: tuple[int, ...]
     """Logical."""
     layout: str
+    nbytes: int
+    """Of its tensors in the files, its bias among them."""
     scales: str
-    """The least and the greatest, as powers of two."""
+    """The least and the greatest, as powers of two; empty where nothing was read."""
     checksum: str
-    """Of the logical value, as it was read."""
+    """Of the logical value: as it was read, or what the file says where nothing was."""
     recorded: bool
     """Whether the file has a checksum to compare with."""
     problems: tuple[str, ...]
 
 
-def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto") -> list[Finding]:
-    """Read every MXFP4 weight of a checkpoint, expert by expert, and compare it with what the file says of it.
+def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto", read: bool = False) -> list[Finding]:
+    """Look at every MXFP4 weight of a checkpoint, layers in the order of their numbers.
 
     Args:
         path, format: as :func:`load_experts` takes them; weights that a manifest describes are found whatever they are
             called.
+        read: read them too, expert by expert, and compare them with what the files say of them. Else only headers are
+            read, which takes seconds for terabytes.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -67,20 +72,46 @@ def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto") -> lis
         grouped = {found: group_layers(files, "", found) for found in formats}
         together = [layer for layers in grouped.values() for layer in layers.items()]
         for name, problem in unknown_tensors(files, together, "", format).items():
-            findings.append(Finding(name, "unknown", (), "", "", "", False, (problem,)))
+            findings.append(Finding(name, "unknown", (), "", 0, "", "", False, (problem,)))
         for found, layers in grouped.items():
             for name, parts in layers.items():
                 try:
                     layer = check_layer(name, parts)
                 except CheckpointError as error:
-                    findings.append(Finding(name, found, (), "", "", "", False, (str(error),)))
+                    findings.append(Finding(name, found, (), "", 0, "", "", False, (str(error),)))
                 else:
                     weights = {weight.name: (found, weight) for weight in layer} | weights
-        with tqdm(total=sum(w.shape[0] for _, w in weights.values()), desc="reading experts", disable=None) as progress:
-            return findings + [_look(format, weight, progress) for format, weight in weights.values()]
+        if not read:
+            findings += [_finding(format, weight) for format, weight in weights.values()]
+        else:
+            total = sum(weight.shape[0] for _, weight in weights.values())
+            with tqdm(total=total, desc="reading experts", disable=None) as progress:
+                findings += [_read(format, weight, progress) for format, weight in weights.values()]
+        return sorted(findings, key=lambda finding: _in_order(finding.name.rpartition(".")[0]))
 
 
-def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
+def _in_order(name: str) -> list[tuple[bool, str | int]]:
+    """Numbers in a name as numbers: layer 9 comes before layer 10."""
+    return [(piece.isdigit(), int(piece) if piece.isdigit() else piece) for piece in re.split(r"(\d+)", name)]
+
+
+def _finding(format: str, weight: Weight) -> Finding:
+    """By what headers say."""
+    entry = weight.entry
+    return Finding(
+        weight.name,
+        format,
+        weight.shape if entry is None else entry.shape,
+        _layout(weight),
+        sum(weight.files.stored(name)[2] for name in weight.names()),
+        "",
+        "" if entry is None else entry.checksum,
+        entry is not None,
+        (),
+    )
+
+
+def _read(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
     counts = torch.zeros(256, dtype=torch.int64, device="cpu")  # of scale bytes
     span = range(weight.intermediate)
 
@@ -100,16 +131,8 @@ def _look(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
         problems.append(f"{counts[255]} scales are NaN (255)")
     if entry is not None and entry.checksum != found:
         problems.append(f"damaged: the manifest says checksum {entry.checksum[:12]}")
-    return Finding(
-        weight.name,
-        format,
-        weight.shape if entry is None else entry.shape,
-        _layout(weight),
-        f"2^{exponents[0]}..2^{exponents[-1]}" if exponents else "",
-        found,
-        entry is not None,
-        tuple(problems),
-    )
+    scales = f"2^{exponents[0]}..2^{exponents[-1]}" if exponents else ""
+    return replace(_finding(format, weight), scales=scales, checksum=found, problems=tuple(problems))
 
 
 def _layout(weight: Weight) -> str:
@@ -121,23 +144,33 @@ def _layout(weight: Weight) -> str:
 
 
 def table(findings: list[Finding]) -> str:
-    """The findings as lines of text, a weight each."""
-    rows = [("tensor", "format", "shape", "layout", "scales", "checksum", "problems")]
+    """The findings as lines of text, a weight each, and one for all; columns in which nothing is said are left out."""
+    rows = [("tensor", "format", "shape", "layout", "size", "scales", "checksum", "problems")]
     for finding in findings:
-        shape = "x".join(map(str, finding.shape))
-        ok = "none" if finding.recorded else "none (no checksum in the file)"
+        nothing = "none" if finding.recorded else "none (no checksum in the file)"
         rows.append(
             (
                 finding.name,
                 finding.format,
-                shape,
+                "x".join(map(str, finding.shape)),
                 finding.layout,
+                _size(finding.nbytes) if finding.nbytes else "",
                 finding.scales,
                 finding.checksum[:12],
-                "; ".join(finding.problems) or ok,
+                "; ".join(finding.problems) or nothing,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    ]
+    layers = len({finding.name.rpartition(".")[0] for finding in findings})
+    total = _size(sum(finding.nbytes for finding in findings))
+    return "\n".join([*lines, f"weights: {len(findings)}, layers: {layers}, size: {total}"])
+
+
+def _size(nbytes: int) -> str:
+    unit, name = next((each for each in ((2**30, "GiB"), (2**20, "MiB")) if nbytes >= each[0]), (2**10, "KiB"))
+    return f"{nbytes / unit:.1f} {name}"
