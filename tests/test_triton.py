@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -417,3 +419,13 @@ def test_a_graph_is_captured_and_replayed_for_another_routing(device: str, bound
         ids.copy_(torch.rand(400, 8, device=device).topk(3).indices if seed == 1 else torch.zeros_like(ids))
         graph.replay()
         assert torch.equal(out, fused_moe(x, w13, w2, weight, ids, backend="triton"))
+
+
+def test_its_version_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside PyTorch for ROCm its distribution is called `pytorch-triton-rocm`."""
+
+    def unknown(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", unknown)
+    assert Triton().fingerprint() == importlib.import_module("triton").__version__

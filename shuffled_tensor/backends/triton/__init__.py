@@ -5,7 +5,6 @@ the moves between layouts."""
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -64,7 +63,7 @@ class Triton(Backend):
         return run(call)
 
     def fingerprint(self) -> str | None:
-        return version("triton") if _installed() else "not installed"
+        return _version() if _installed() else "not installed"
 
 
 def unusable(device: torch.device) -> str | None:
@@ -76,6 +75,14 @@ def unusable(device: torch.device) -> str | None:
 
 def _installed() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _version() -> str:
+    """Of the module: its distribution has other names beside PyTorch for ROCm."""
+    import triton
+
+    return str(triton.__version__)
 
 
 @cache
