@@ -115,7 +115,6 @@ BROKEN_FILES: dict[str, Edit] = {
     "a dtype that is none": edited(dtype=["U8"]),
     "a dtype that nobody knows": edited(dtype="U9"),
     "metadata that is no text": lambda header, data: unparse(header | {"__metadata__": {"format": 1}}, data),
-    "a pickle": lambda header, data: pickle.dumps(os.getcwd),
 }
 
 
@@ -796,3 +795,36 @@ def test_fuzz(tmp_path: Path) -> None:
     outcome = json.loads(run.stdout)
     assert outcome["loaded"] + outcome["refused"] == 500
     assert min(outcome.values()) > 150
+
+
+@pytest.mark.parametrize(
+    ("first", "found"),
+    [
+        (b"GGUF\x03\0\0\0", "is a GGUF file, of llama.cpp: load the safetensors that it was made of"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, and no file: run `git lfs pull`"),
+        (b"PK\x03\x04\0\0", "is a file of torch.save, or another archive: load it with torch.load"),
+        (pickle.dumps(os.getcwd), "is a pickle: load it with torch.load"),
+        (b"<!DOCTYPE html>", "is a web page: the download has failed"),
+        (b"\0" * 20, "is no whole safetensors file: "),
+    ],
+)
+def test_files_of_other_kinds(tmp_path: Path, first: bytes, found: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(first)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} {found}")):
+        load_experts(path)
+
+
+def test_an_index_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="is the index of a checkpoint: give the directory that it is in"):
+        load_experts(path)
+
+
+def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="`hf download openai/gpt-oss-20b` prints the directory to give"):
+        load_experts("openai/gpt-oss-20b")
+    with pytest.raises(FileNotFoundError, match=r"no such file: missing/model.safetensors$"):
+        load_experts("missing/model.safetensors")

@@ -53,6 +53,16 @@ BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What is raised by JSON that is none, and by looking into it for what is not there."""
 
 
+_OTHERS = {
+    b"GGUF": "a GGUF file, of llama.cpp: load the safetensors that it was made of",
+    b"version https://git-lfs": "a pointer of Git LFS, and no file: run `git lfs pull` where it was cloned",
+    b"PK\x03\x04": "a file of torch.save, or another archive: load it with torch.load, and pass its tensors",
+    b"\x80": "a pickle: load it with torch.load, and pass its tensors",
+    b"<!DOCTYPE": "a web page: the download has failed",
+}
+"""What a file that is none of safetensors begins with, and is."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted: the message names the file, the tensor and what was found."""
 
@@ -142,12 +152,13 @@ class Files:
         """The tensors of one file."""
         if file not in self._held:
             if not file.is_file():
-                raise FileNotFoundError(f"no such file: {file}")
+                raise FileNotFoundError(f"no such file: {file}{_where_it_may_be(file)}")
             self._open[file] = open(file, "rb")  # noqa: SIM115  (closed with the rest)
             try:
                 self._metadata[file], self._held[file] = _read_header(file, self._open[file])
             except (SafetensorError, *BROKEN) as error:
-                raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
+                what = _what_else(file) or f"no whole safetensors file: {error}"
+                raise CheckpointError(f"{file} is {what}") from error
         return self._held[file]
 
     def __iter__(self) -> Iterator[str]:
@@ -247,6 +258,24 @@ class Files:
             if not found:
                 raise CheckpointError(f"{name} in {stored.file} cannot be read: the file has become shorter")
             done += found
+
+
+def _what_else(file: Path) -> str | None:
+    """What a file is that is none of safetensors, by its first bytes."""
+    with open(file, "rb") as data:
+        first = data.read(64)
+    if file.name.endswith(".index.json"):
+        return "the index of a checkpoint: give the directory that it is in"
+    if first[8:9] == b"{":  # a header, behind its length
+        return None
+    return next((what for begin, what in _OTHERS.items() if first.startswith(begin)), None)
+
+
+def _where_it_may_be(path: Path) -> str:
+    """Of a name on the Hugging Face hub, how it becomes a directory."""
+    if len(path.parts) != 2 or path.suffix == ".safetensors" or path.parent.exists():
+        return ""
+    return f"; where it is a name on the Hugging Face hub, `hf download {path}` prints the directory to give"
 
 
 def _read_header(file: Path, data: BinaryIO) -> tuple[dict[str, str], dict[str, _Stored]]:
