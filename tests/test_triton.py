@@ -429,3 +429,15 @@ def test_its_version_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(importlib.metadata.Distribution, "from_name", unknown)
     assert Triton().fingerprint() == importlib.import_module("triton").__version__
+
+
+def test_scales_that_others_may_write_are_taken_for_the_largest() -> None:
+    """Who holds operands writes past this package, as a rebalance does."""
+    qdata, scale = (torch.full((2, 64, each), value, dtype=torch.uint8) for each, value in ((128, 0x22), (8, 127)))
+    storage = (weight := ShuffledMXFP4Tensor(qdata, scale, gate_up=False))._storage
+    assert storage.largest_scale() == 127
+    operands = weight.as_kernel_operands(layout="mxfp4_separated")
+    operands.scale.fill_(200)
+    assert storage.largest_scale() == 255
+    operands.release()
+    assert storage.largest_scale() == 200

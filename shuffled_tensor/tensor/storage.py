@@ -56,6 +56,7 @@ class PackedStorage:
         "_holders",
         "_owned",
         "_unwritten",
+        "_writers",
         "geometry",
         "lock",
         "locked_layout",
@@ -82,6 +83,7 @@ class PackedStorage:
         self.requested_layout = requested_layout
         self.locked_layout: Layout | None = None
         self._holders: set[object] = set()
+        self._writers: set[object] = set()
         self.sent = False
         self.validity = Validity(layout, row_order)
         self.lock = threading.RLock()
@@ -237,7 +239,9 @@ class PackedStorage:
 
     def largest_scale(self) -> int:
         """The largest byte of all scales, read from a device once after each write; 255, the largest that there is,
-        where nobody has and a CUDA graph is being captured."""
+        where nobody has and a CUDA graph is being captured, and where others hold the bytes, who may write them."""
+        if self._writers:
+            return 255
         if self.validity.largest_scale is None:
             if self._on_gpu and torch.cuda.is_current_stream_capturing():
                 return 255
@@ -476,18 +480,23 @@ class PackedStorage:
                 f"without a shuffle_kind, or call shuffle_({layout.name!r})"
             )
 
-    def lock_layout(self) -> Callable[[], None]:
-        """Keep the bytes as they lie, for somebody outside; what ends that, once everybody who asked has called it."""
+    def lock_layout(self, *, writes: bool = True) -> Callable[[], None]:
+        """Keep the bytes as they lie, for somebody outside, who perhaps writes them; what ends that, once everybody who
+        asked has called it."""
         holder = object()
 
         def release() -> None:
             with self.lock:
                 self._holders.discard(holder)
+                self._writers.discard(holder)
+                self.validity.largest_scale = None
                 if not self._holders:
                     self.locked_layout = None
 
         with self.lock:
             self._holders.add(holder)
+            if writes:
+                self._writers.add(holder)
             self.locked_layout = self.layout
         return release
 
@@ -661,7 +670,7 @@ def reading(storages: Sequence[PackedStorage], begin: Callable[[], _Begun]) -> I
             for storage in storages:
                 storage.running.add(running)
                 if storage._on_gpu and torch.cuda.is_current_stream_capturing():
-                    storage.lock_layout()
+                    storage.lock_layout(writes=False)
         try:
             yield begun
         finally:
