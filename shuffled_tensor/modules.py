@@ -155,6 +155,8 @@ def quantize_experts_(
                 "row_order must be 'contiguous' or 'interleaved': in which order the gate and up rows of w13 come is "
                 "said by transformers' experts modules alone, and there are none here"
             )
+        if (w13, w2, align) != ("w13_weight", "w2_weight", ALIGN):
+            raise ValueError("without row_order, names are transformers' own, and there is no align")
         from shuffled_tensor.integrations.transformers import Mxfp4Config, quantize_model_
 
         return quantize_model_(module, Mxfp4Config(scale_rule=scale_rule, shuffle_kind=shuffle_kind))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,6 +310,149 @@ def test_an_expert_that_is_missing(tmp_path: Path) -> None:
         load(tmp_path, config=config_for(str(tmp_path)))
 
 
+def test_a_layer_whose_experts_are_missing(tmp_path: Path) -> None:
+    """transformers alone would make random ones."""
+    by_expert_checkpoint(tmp_path, "qwen3_moe", "Quark", {0, 1})
+    state = load_file(tmp_path / "model.safetensors")
+    state = {name: data for name, data in state.items() if "layers.1.mlp.experts" not in name}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is in no file of the checkpoint"):
+        load(tmp_path, config=config_for(str(tmp_path)))
+
+
+def _with(path: Path, change: Any) -> Any:
+    """The Quark checkpoint with other tensors, loaded."""
+    by_expert_checkpoint(path, "qwen3_moe", "Quark", {0, 1})
+    state = load_file(path / "model.safetensors")
+    changed = {}
+    for name, data in state.items():
+        changed |= change(name, data)
+    save_file(changed, path / "model.safetensors", {"format": "pt"})
+    return load(path, config=config_for(str(path)))
+
+
+NAMED_OTHERWISE = {
+    "fp8 by blocks": lambda name, data: {name.replace("weight_scale", "weight_scale_inv"): data},
+    "GPTQ": lambda name, data: {name.replace(".weight", ".qweight") if "experts" in name else name: data},
+    "attention that is packed": lambda name, data: {name: data} | ({name + "_scale": torch.zeros(2, 2, dtype=torch.uint8)} if "q_proj" in name else {}),
+    "a shared expert that is packed": lambda name, data: {name: data, "model.layers.0.mlp.shared_experts.up_proj.weight_scale": torch.zeros(2, 2, dtype=torch.uint8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", NAMED_OTHERWISE.values(), ids=NAMED_OTHERWISE)
+def test_checkpoints_in_other_forms(change: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="load such a checkpoint with the quantisation that it names"):
+        _with(tmp_path, change)
+
+
+OF_OTHER_DTYPES = {
+    "int4 in int32": lambda name, data: {name: data.view(torch.int32) if "experts" in name and name.endswith("weight") else data},
+    "float32 scales": lambda name, data: {name: data.float() if name.endswith("_scale") else data},
+    "e4m3 scales": lambda name, data: {name: data.view(torch.float8_e4m3fn) if name.endswith("_scale") else data},
+    "fp8 codes without scales": lambda name, data: {} if name.endswith("_scale") else {name: data.view(torch.float8_e4m3fn) if "experts" in name else data},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OF_OTHER_DTYPES.values(), ids=OF_OTHER_DTYPES)
+def test_bytes_of_other_kinds(change: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+        _with(tmp_path, change)
+
+
+def test_what_a_checkpoint_has_packed_stays_packed(tmp_path: Path) -> None:
+    gpt_oss_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="what it has packed stays packed"):
+        load(tmp_path, quantization_config=Mxfp4Config(modules_to_not_convert=["model.layers.0.mlp.experts"]))
+    with pytest.raises(ValueError, match="pass transformers' own Mxfp4Config"):
+        Mxfp4Config(dequantize=True)
+    use_for_mxfp4()
+    with pytest.raises(ValueError, match="dequantize=True was asked for"):
+        load(tmp_path, quantization_config=transformers.Mxfp4Config(dequantize=True))
+
+
+def test_a_plain_layer_of_gpt_oss_that_the_config_does_not_name(tmp_path: Path) -> None:
+    state, judge = gpt_oss_checkpoint(tmp_path), plain("gpt_oss")
+    for name, value in list(state.items()):
+        if name.endswith("_blocks"):
+            values = dense(value.flatten(-2), state[name.replace("blocks", "scales")]).transpose(1, 2).contiguous()
+            judge.get_parameter(name.removesuffix("_blocks")).data = values.float()
+            if "layers.1" in name:
+                state[name.removesuffix("_blocks")] = values.bfloat16()
+                del state[name], state[name.replace("blocks", "scales")]
+        elif not name.endswith("_scales"):
+            judge.get_parameter(name).data = value.float()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load(tmp_path)
+    assert len(packed_weights(model)) == 2
+    torch.testing.assert_close(logits(model), logits(judge), atol=1e-5, rtol=1e-5)
+    assert "model.layers.1.mlp.experts" in model.hf_quantizer.quantization_config.to_dict()["modules_to_not_convert"]
+    torch.testing.assert_close(logits(model.dequantize()), logits(judge), atol=1e-5, rtol=1e-5)
+
+
+def test_globs_and_expressions_of_what_is_not_packed(tmp_path: Path) -> None:
+    judge = by_expert_checkpoint(tmp_path, "qwen3_moe", "Quark", {1})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["exclude"] = ["*layers.0.mlp.experts*", "*mlp.shared_experts*", r"re:.*lm_head$"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path, config=config_for(str(tmp_path)))
+    assert len(packed_weights(model)) == 2
+    torch.testing.assert_close(logits(model), logits(judge), atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_that_is_not_quantised(tmp_path: Path) -> None:
+    save(plain("qwen3_moe"), tmp_path)
+    with pytest.raises(ValueError, match=r"pass quantization_config=Mxfp4Config\(\) to from_pretrained"):
+        config_for(str(tmp_path))
+
+
+def test_models_that_are_quantised_already_or_in_part() -> None:
+    model = quantize_model_(plain("qwen3_moe"))
+    with pytest.raises(ValueError, match="has no experts that MXFP4 weights could replace"):
+        quantize_model_(model)
+    with pytest.raises(ValueError, match="give the whole model"):
+        quantize_experts_(plain("qwen3_moe").model.layers[0].mlp)
+    with pytest.raises(ValueError, match="there is no align"):
+        quantize_experts_(plain("qwen3_moe"), align=64)
+    foreign = plain("qwen3_moe")
+    foreign.hf_quantizer = object()
+    with pytest.raises(ValueError, match="is quantised already, by object"):
+        quantize_model_(foreign)
+
+
+def test_one_after_the_other_by_one_config(tmp_path: Path) -> None:
+    config = Mxfp4Config()
+    models = [quantize_model_(plain(family), config) for family in ("qwen3_moe", "gpt_oss")]
+    for index, model in enumerate(models):
+        assert torch.equal(logits(again(save(model, tmp_path / str(index)))), logits(model))
+
+
+def test_quantised_in_two_steps(tmp_path: Path) -> None:
+    model = quantize_model_(plain("qwen3_moe"), Mxfp4Config(modules_to_not_convert=["model.layers.0.mlp.experts"]))
+    quantize_model_(model)
+    assert len(packed_weights(model)) == 4
+    assert torch.equal(logits(again(save(model, tmp_path))), logits(model))
+
+
+def test_what_a_saved_model_says_is_not_packed() -> None:
+    """As engines read it: all but the experts, whatever it is called; and experts that stay."""
+    model = quantize_model_(plain("deepseek_v3"))
+    (pattern,) = model.hf_quantizer.quantization_config.to_dict()["ignore"]
+    ignored = [name for name, _ in model.named_modules() if re.match(pattern.removeprefix("re:"), name)]
+    assert "model.layers.1.mlp.experts" not in ignored
+    assert {
+        "lm_head",
+        "model.layers.1.mlp.gate",
+        "model.layers.1.mlp.shared_experts.up_proj",
+        "model.layers.0.mlp.up_proj",
+    } <= set(ignored)
+    assert not re.match(pattern.removeprefix("re:"), "model.layers.1.mlp.experts.3.up_proj")
+    model = quantize_model_(plain("qwen3_moe"), Mxfp4Config(modules_to_not_convert=["model.layers.0.mlp.experts"]))
+    patterns = [each.removeprefix("re:") for each in model.hf_quantizer.quantization_config.to_dict()["ignore"]]
+    for layer in (0, 1):
+        for name in (f"model.layers.{layer}.mlp.experts", f"model.layers.{layer}.mlp.experts.3.up_proj"):
+            assert any(re.match(each, name) for each in patterns) == (layer == 0)
+
+
 def test_a_model_without_experts(tmp_path: Path) -> None:
     config = AutoConfig.for_model("qwen3", **COMMON)
     with pytest.raises(ValueError, match="Qwen3ForCausalLM has no experts that MXFP4 weights could replace"):
@@ -333,6 +477,20 @@ def test_an_activation_that_no_kernel_knows(caplog: pytest.LogCaptureFixture) ->
         "model.layers.0.mlp.experts: its activation is none that kernels know, so it runs one expert at a time" in said
     )
     torch.testing.assert_close(logits(models[0]), logits(rounded(models[1])), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["xielu", "prelu"])
+def test_an_activation_with_parameters(activation: str, tmp_path: Path) -> None:
+    path = save(plain("qwen3_moe", hidden_act=activation), tmp_path)
+    judge = rounded(plain("qwen3_moe", hidden_act=activation))
+    torch.testing.assert_close(logits(load(path)), logits(judge), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu"])
+def test_activations_that_kernels_know(activation: str) -> None:
+    model = quantize_model_(plain("qwen3_moe", hidden_act=activation))
+    expected = {"activation": {"gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation)}
+    assert experts(model)["model.layers.0.mlp.experts"].packed_gate == expected
 
 
 def test_parameters_of_an_activation() -> None:
@@ -362,6 +520,17 @@ def test_gradients_of_what_surrounds_the_experts(family: str, checkpointing: boo
             torch.testing.assert_close(
                 found.grad, expected.grad, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def test_gradients_of_biases_alone() -> None:
+    model, judge = quantize_model_(plain("gpt_oss")), rounded(plain("gpt_oss"))
+    for each in (model, judge):
+        each.requires_grad_(False)
+        biases = [value.requires_grad_(True) for name, value in each.named_parameters() if "down_proj_bias" in name]
+        each(IDS, labels=IDS).loss.backward()
+        each.found = [bias.grad for bias in biases]
+    for found, expected in zip(model.found, judge.found, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_compiled() -> None:
@@ -398,8 +567,10 @@ def test_scale_rules_and_layouts(rule: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
-def test_dequantised_again(family: str) -> None:
-    model = quantize_model_(plain(family)).dequantize()
+def test_dequantised_again(family: str, tmp_path: Path) -> None:
+    model = quantize_model_(plain(family))
+    save(model, tmp_path)  # after which its config's dtype is a word
+    model = model.dequantize()
     assert not packed_weights(model)
     torch.testing.assert_close(logits(model), logits(rounded(plain(family))), atol=1e-6, rtol=1e-6)
 

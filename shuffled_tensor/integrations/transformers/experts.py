@@ -9,6 +9,7 @@ What it does not say is the activation, which is code: it is found out by trying
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -84,16 +85,20 @@ def pack_(experts: Any, **options: Any) -> None:
 
 def _gate_of(experts: Any) -> dict[str, Any] | None:
     """What `fused_moe` calls the activation of an experts module; None where it has no name for it."""
-    numbers = sorted({float(value) for value in vars(experts).values() if type(value) in (int, float) and value > 0})
-    # beyond every limit, or it would not be seen; on the CPU and in float32, whatever the context makes
+    given = {float(value) for value in vars(experts).values() if type(value) in (int, float)}
+    numbers = sorted(number for number in given if 0 < number < math.inf)
+    # beyond every limit, or it would not be seen; on the CPU and in float64, whatever the context makes
     beyond = [sign * 1.5 * number for number in numbers for sign in (1, -1)]
-    points = torch.tensor([*range(-12, 13), *beyond], dtype=torch.float32, device="cpu")
+    points = torch.tensor([*range(-12, 13), *beyond], dtype=torch.float64, device="cpu")
     gate, up = torch.meshgrid(points, points, indexing="ij")
     rows = torch.stack((gate, up), -2 if experts.is_concatenated else -1).flatten(-2)
-    with torch.no_grad():
-        found = experts._apply_gate(rows)
+    try:
+        with torch.no_grad():
+            found = experts._apply_gate(rows)
+    except RuntimeError:  # it has parameters, elsewhere or of another dtype: none that kernels know has any
+        return None
     for call in _calls(numbers):
-        if torch.allclose(found, ACTIVATIONS[call["activation"]](gate, up, **call), rtol=1e-5, atol=1e-5):
+        if torch.allclose(found, ACTIVATIONS[call["activation"]](gate, up, **call), rtol=1e-6, atol=1e-6):
             return {name: value for name, value in call.items() if value is not None}
     return None
 
@@ -113,8 +118,9 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         return plain
     if not hasattr(self, "packed_gate"):  # somebody else has packed it
         prepare_(type(self).__name__, self)
-    wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-    if wants_gradient or self.packed_gate is None:
+    biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else ()
+    wants_gradient = any(given.requires_grad for given in (hidden_states, top_k_weights, *biases))
+    if (wants_gradient and torch.is_grad_enabled()) or self.packed_gate is None:
         return _one_by_one(self, hidden_states, top_k_index, top_k_weights)
     if self._is_expert_parallel:  # other ranks' experts have ids behind these, and weight 0
         top_k_index = top_k_index.clamp(max=self.num_experts - 1)

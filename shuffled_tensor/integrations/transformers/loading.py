@@ -5,8 +5,10 @@ checkpoints in MXFP4 as they are, and from others quantised while they are loade
 from __future__ import annotations
 
 import logging
+from fnmatch import translate
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -15,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from shuffled_tensor.integrations.transformers.checking import check_names, names_in
 from shuffled_tensor.integrations.transformers.experts import (
     FUNCTION,
     PROJECTIONS,
@@ -27,6 +30,7 @@ from shuffled_tensor.integrations.transformers.experts import (
 from shuffled_tensor.integrations.transformers.packing import SUFFIXES, Pack, PartBias, Quantize, stacks_experts
 from shuffled_tensor.integrations.transformers.saving import BY_EXPERT, saved_config, saved_state
 from shuffled_tensor.mxfp4 import BLOCK, ScaleRule
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["Mxfp4Config", "config_for", "quantize_model_", "use_for_mxfp4"]
 
@@ -60,6 +64,8 @@ class Mxfp4Config(transformers.Mxfp4Config):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(modules_to_not_convert, dequantize)
+        if dequantize:
+            raise ValueError("packed experts stay packed: for dequantize=True, pass transformers' own Mxfp4Config")
         self.quant_method = METHOD
         self.scale_rule: ScaleRule = scale_rule
         self.shuffle_kind = shuffle_kind
@@ -72,7 +78,8 @@ class Mxfp4Config(transformers.Mxfp4Config):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What is put onto the config that a checkpoint has: from then on, it is for this quantizer."""
-        return {name: value for name, value in vars(self).items() if name != "modules_to_not_convert"}
+        own = {name: value for name, value in vars(self).items() if name != "modules_to_not_convert"}
+        return own | {"to_be_left": self.modules_to_not_convert}
 
     def to_dict(self) -> dict[str, Any]:
         """What a saved model's config.json says."""
@@ -82,16 +89,23 @@ class Mxfp4Config(transformers.Mxfp4Config):  # type: ignore[misc]
 @register_quantizer(METHOD)
 class Mxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
     quantized_element_size = 1 / 2 + 1 / BLOCK
-    is_trainable, is_compileable = False, True
+    is_trainable, is_compileable = True, True  # what surrounds the experts
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if type(quantization_config) is not Mxfp4Config:  # a checkpoint's, with our attributes
-            ours = Mxfp4Config(getattr(quantization_config, "modules_to_not_convert", None))
-            ours.__dict__.update(vars(quantization_config))
-            ours.quant_method = METHOD
-            self.quantization_config = ours
+        given = dict(vars(quantization_config))  # of a checkpoint's own class where it is packed, with our attributes
+        if given.pop("dequantize", False):
+            raise ValueError("use_for_mxfp4() has packed experts stay packed, and dequantize=True was asked for")
+        if given.pop("to_be_left", None):
+            raise ValueError(
+                "modules_to_not_convert was given for a checkpoint that is packed: what it has packed stays packed"
+            )
+        self.quantization_config = Mxfp4Config()
+        self.quantization_config.__dict__.update(given | {"quant_method": METHOD})
         self.experts: dict[str, Any] = {}
+        self.found: set[str] = set()
+        """Names of the experts' weights that have come out of the checkpoint."""
+        self._names: set[str] = set()
         self._replaced: dict[WeightConverter, WeightConverter] = {}
 
     def is_serializable(self) -> bool:
@@ -107,7 +121,12 @@ class Mxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
             config._experts_implementation = FUNCTION
         return config
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            self._names = names_in(checkpoint_files or [])
+            check_names(self._names)
         skip = self.get_modules_to_not_convert(model, self.quantization_config.modules_to_not_convert or [])
         for name, module in experts_of(model).items():
             reason = why_not(module) if should_convert_module(name, skip) else "modules_to_not_convert names it"
@@ -118,7 +137,6 @@ class Mxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
                 self.experts[name] = module
         if not self.experts:
             raise ValueError(f"{type(model).__name__} has no experts that MXFP4 weights could replace")
-        self.quantization_config.saved = saved_config(model, self.experts)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         owner, _, name = param_name.rpartition(".")
@@ -157,12 +175,29 @@ class Mxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
         own = [self._replaced.get(used, used) for used in model._weight_conversions]
         model._weight_conversions = [used for used in own if not isinstance(getattr(used, "operations", [0])[0], Pack)]
         self._replaced.clear()
+        for name, experts in list(self.experts.items()):
+            if isinstance(experts.gate_up_proj, ShuffledMXFP4Tensor):
+                continue
+            del self.experts[name]  # the checkpoint has not packed it
+            missing = [f"{name}.{projection}" for projection in PROJECTIONS if not self._came(f"{name}.{projection}")]
+            if self._names and missing:
+                raise ValueError(f"{missing[0]} is in no file of the checkpoint, so it would be random")
+            if experts.has_bias and not experts.is_concatenated:
+                experts.gate_up_proj_bias.data = interleaved(experts.gate_up_proj_bias.data)
+        self.quantization_config.saved = saved_config(model)
+
+    def _came(self, name: str) -> bool:
+        """Whether a weight was loaded: by an operation of ours, or as it is in the file."""
+        return name in self.found or any(name.endswith(there) or there.endswith(name) for there in self._names)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return saved_state(model), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for experts in self.experts.values():
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for experts in experts_of(model).values():
+            if not isinstance(getattr(experts, "gate_up_proj", None), ShuffledMXFP4Tensor):
+                continue
             for name in PROJECTIONS:
                 value = getattr(experts, name).dequantize(dtype)
                 if name == "gate_up_proj" and not experts.is_concatenated:
@@ -180,9 +215,16 @@ def quantize_model_(model: _Model, config: Mxfp4Config | None = None) -> _Model:
     computed by :func:`shuffled_tensor.fused_moe`. It is saved as one that was loaded so.
 
     Raises:
-        ValueError: it has no experts that MXFP4 weights could replace. The log says of each why.
+        ValueError: it has no experts that MXFP4 weights could replace: the log says of each why; or it is no whole
+            model of transformers, or quantised otherwise.
     """
     anything: Any = model
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(
+            f"give the whole model: a {type(model).__name__} has no configuration that says who runs experts"
+        )
+    if not isinstance(getattr(model, "hf_quantizer", None), Mxfp4Quantizer | None):
+        raise ValueError(f"{type(model).__name__} is quantised already, by {type(model.hf_quantizer).__name__}")
     quantizer = Mxfp4Quantizer(config or Mxfp4Config(), pre_quantized=False)
     quantizer._process_model_before_weight_loading(anything)
     for name, experts in quantizer.experts.items():
@@ -193,6 +235,7 @@ def quantize_model_(model: _Model, config: Mxfp4Config | None = None) -> _Model:
     anything._weight_conversions = quantizer.update_weight_conversions(conversions)
     anything.hf_quantizer, anything.is_quantized, anything.quantization_method = quantizer, True, METHOD
     quantizer.postprocess_model(anything)
+    quantizer.quantization_config.saved = saved_config(model)
     return model
 
 
@@ -205,8 +248,19 @@ def config_for(path: str, **kwargs: Any) -> Any:
     """The config of a checkpoint in another form of MXFP4 (Quark, compressed-tensors, DeepSeek), to be given to
     ``from_pretrained(path, config=...)``; ``kwargs`` are those of ``AutoConfig.from_pretrained``."""
     config = transformers.AutoConfig.from_pretrained(path, **kwargs)
-    found = config.quantization_config
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        raise ValueError(f"{path} is not quantised: pass quantization_config=Mxfp4Config() to from_pretrained")
     found = found if isinstance(found, dict) else found.to_dict()
     skip = found.get("ignore") or found.get("exclude") or found.get("modules_to_not_convert") or []
-    config.quantization_config = {"quant_method": METHOD, "modules_to_not_convert": [s for s in skip if "experts" in s]}
+    patterns = [_pattern(name) for name in skip]
+    config.quantization_config = {"quant_method": METHOD, "modules_to_not_convert": patterns}
     return config
+
+
+def _pattern(name: str) -> str:
+    """Of modules that a checkpoint has not packed, as transformers reads them: Quark has globs there, and
+    compressed-tensors expressions behind `re:`."""
+    if name.startswith("re:"):
+        return name.removeprefix("re:")
+    return translate(name) if "*" in name else name

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from shuffled_tensor.integrations.transformers.experts import PROJECTIONS, interleaved, order_of, parted
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import quantize
+from shuffled_tensor.tensor.checks import check_high_precision, check_parts
 from shuffled_tensor.tensor.geometry import ALIGN, Geometry
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
@@ -50,6 +51,7 @@ class Pack(_Op):
         like, order = getattr(experts, projection), order_of(experts, projection)
         shape = like.shape[:1] + like.shape[:0:-1] if experts.is_transposed else like.shape
         if self.sources is None:
+            self.hf_quantizer.found.add(full_layer_name)
             blocks, scales = (input_dict[f"{projection}_{part}"][0] for part in ("blocks", "scales"))
             options = {"shuffle_kind": self.hf_quantizer.quantization_config.shuffle_kind, "dtype": like.dtype}
             made: Tensor = ShuffledMXFP4Tensor(
@@ -70,7 +72,11 @@ class Pack(_Op):
         dtype: torch.dtype,
         gate_up: bool,
     ) -> Tensor:
-        """Expert by expert, each from its own tensors into its place."""
+        """Expert by expert, each from its own tensors into its place.
+
+        Raises:
+            ValueError, TypeError: what is there is not MXFP4, or not of all experts.
+        """
 
         def of(source: str, suffixes: tuple[str, ...]) -> list[Any] | None:
             return next((found.pop(source + suffix) for suffix in suffixes if source + suffix in found), None)
@@ -79,11 +85,15 @@ class Pack(_Op):
         for source, (codes, _) in zip(sources, halves, strict=True):
             if codes is None or len(codes) != shape[0]:
                 raise ValueError(f"{name} needs {shape[0]} experts' {source}, found {len(codes or [])}")
-        plain = [
-            codes is not None and codes[0].is_floating_point() and codes[0].element_size() > 1 for codes, _ in halves
-        ]
-        as_it_is = self.hf_quantizer.pre_quantized and all(plain)  # a layer that the checkpoint has not packed
-        if as_it_is or name.rpartition(".")[0] not in self.hf_quantizer.experts:
+        plain = [scales is None for _, scales in halves]
+        for source, (codes, scales) in zip(sources, halves, strict=True):
+            if scales is None:
+                check_high_precision(codes[0])  # type: ignore[index]
+            elif len(scales) != shape[0]:
+                raise ValueError(f"{name} needs {shape[0]} experts' scales of {source}, found {len(scales)}")
+        self.hf_quantizer.found.add(name)
+        if all(plain) and (self.hf_quantizer.pre_quantized or name.rpartition(".")[0] not in self.hf_quantizer.experts):
+            # a layer that the checkpoint has not packed, or that is to stay
             return torch.cat([torch.stack(codes) for codes, _ in halves if codes is not None], dim=1).to(dtype)
         config, experts = self.hf_quantizer.quantization_config, shape[0]
         weight = _empty(shape, gate_up, dtype, halves[0][0][0].device)  # type: ignore[index]
@@ -91,7 +101,11 @@ class Pack(_Op):
         for half, (codes, scales) in enumerate(halves):
             for expert in range(experts):
                 value = codes[expert]  # type: ignore[index]
-                pair = quantize(value, scale_rule=config.scale_rule) if scales is None else (value, scales[expert])
+                if scales is None:
+                    pair = quantize(value, scale_rule=config.scale_rule)
+                else:
+                    pair = value, scales[expert]
+                    check_parts(*pair)
                 for view, data in zip(views, pair, strict=True):
                     view[expert].narrow(0, half * rows, rows).copy_(data.view(torch.uint8))
                 codes[expert] = None  # type: ignore[index]  # one at a time exists twice
@@ -118,6 +132,7 @@ class Quantize(_Op):
         value = value[0] if isinstance(value, list) else value
         if isinstance(value, ShuffledMXFP4Tensor):
             return {name: value}
+        self.hf_quantizer.found.add(full_layer_name)
         experts, projection = get_module_from_name(model, full_layer_name)
         value = value.transpose(-1, -2) if experts.is_transposed else value
         options = self.hf_quantizer.quantization_config.options

@@ -4,10 +4,10 @@ compressed-tensors' ``mxfp4-pack-quantized``, one tensor an expert and projectio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -25,9 +25,10 @@ BY_EXPERT = {
 """What a projection's tensors are called, expert by expert, where a model has no names for them."""
 
 
-def saved_config(model: Any, packed: Iterable[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of a model whose experts modules of these names are packed."""
-    plain = [name for name in experts_of(model) if name not in set(packed)]
+def saved_config(model: Any) -> dict[str, Any]:
+    """The ``quantization_config`` of a model, by which of its experts are packed."""
+    packed = ShuffledMXFP4Tensor
+    plain = [name for name, module in experts_of(model).items() if not isinstance(_first(module), packed)]
     if model.config.model_type == "gpt_oss":
         others = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
         return {"quant_method": "mxfp4", "modules_to_not_convert": others + plain}
@@ -36,15 +37,18 @@ def saved_config(model: Any, packed: Iterable[str]) -> dict[str, Any]:
         "scale_dtype": "torch.uint8", "observer": "minmax",
     }  # fmt: skip
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
         "format": "mxfp4-pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group | {"format": "mxfp4-pack-quantized"}},
-        # routers are modules of their own here, and linear in engines
-        "ignore": linear + plain + [r"re:.*\.(gate|router)$"],
+        # all that is no expert, whatever it is called in the file; and experts that are not packed
+        "ignore": [r"re:^(?!.*\.experts(\.|$)).*$", *(rf"re:^{re.escape(name)}(\..*)?$" for name in plain)],
     }
+
+
+def _first(experts: Any) -> Any:
+    return getattr(experts, "gate_up_proj", None)
 
 
 def saved_state(model: Any) -> dict[str, Tensor]:
