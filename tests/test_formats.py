@@ -224,6 +224,48 @@ def test_ranks_that_do_not_come_out_even(intermediate: int, ranks: int, layout: 
     assert relative_error(from_weights, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("format", ["gpt-oss", "quark"])
+@pytest.mark.parametrize(("intermediate", "parts"), [(288, 2), (320, 3)])
+def test_parted_along_both_dimensions(format: str, intermediate: int, parts: int, tmp_path: Path) -> None:
+    """Half of the experts, and of these a part of the intermediate dimension, in either order of the two."""
+    whole, name, experts = make_dense(4, 64, intermediate), layer_name(format), 4
+    path = store(in_format(format, whole, name), tmp_path, "file")
+    call, activation = routed(64, experts), "swiglu" if format == "gpt-oss" else "silu"
+    biases = {"w13_bias": whole.w13_bias, "w2_bias": whole.w2_bias} if format == "gpt-oss" else {}
+    w13, w2 = dense(*whole.w13), dense(*whole.w2)
+    expected = dense_moe(**call, w13=w13, w2=w2, activation=activation, **biases)
+    total = torch.zeros_like(expected)
+    for half in range(2):
+        of_experts, mask = slice(2 * half, 2 * half + 2), (torch.arange(experts) // 2 == half).int()
+        for rank, size in enumerate(PER_RANK[intermediate, parts]):
+            start = sum(PER_RANK[intermediate, parts][:rank])
+            own = slice(start, start + size)
+            found = load_experts(path, rank=(half, rank), world_size=(2, parts), dim=("expert", "intermediate"))[name]
+            other = load_experts(path, rank=(rank, half), world_size=(parts, 2), dim=("intermediate", "expert"))[name]
+            gate_and_up = torch.cat([rows[of_experts, own] for rows in w13.chunk(2, 1)], 1)
+            for layer in (found, other):
+                assert torch.equal(layer.w13.dequantize(torch.float64), gate_and_up)
+                assert torch.equal(layer.w2.dequantize(torch.float64), w2[of_experts, :, own])
+            total += output(found, call, activation=activation, expert_mask=mask)
+    assert relative_error(total, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": (0, 0), "world_size": 2, "dim": ("expert", "intermediate")}, "must be one each, or as many"),
+        ({"rank": (0, 0), "world_size": (2, 2)}, "must be one each, or as many"),
+        ({"rank": (0, 0), "world_size": (2, 2), "dim": ("expert", "expert")}, "or both, found"),
+        ({"rank": (0, 2), "world_size": (2, 2), "dim": ("expert", "intermediate")}, "found rank 2 of 2"),
+        ({"dim": "rows"}, "dim must be 'expert' or 'intermediate', or both, found 'rows'"),
+    ],
+)
+def test_parts_that_there_are_not(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = store(in_format("quark", make_dense(4, 64, 64), layer_name("quark")), tmp_path, "file")
+    with pytest.raises(ValueError, match=message):
+        load_experts(path, **options)
+
+
 @pytest.mark.parametrize(("intermediate", "ranks"), [(96, 4), (288, 4), (288, 8), (32, 2)])
 def test_blocks_that_do_not_suffice_are_an_error_on_every_rank(intermediate: int, ranks: int, tmp_path: Path) -> None:
     whole, name = make_dense(2, 64, intermediate), layer_name("gpt-oss")

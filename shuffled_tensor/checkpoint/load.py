@@ -44,9 +44,9 @@ def load_experts(
     prefix: str = "",
     format: FormatName = "auto",
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    dim: ShardDim = "expert",
+    rank: int | tuple[int, ...] = 0,
+    world_size: int | tuple[int, ...] = 1,
+    dim: ShardDim | tuple[ShardDim, ...] = "expert",
     into: nn.Module | None = None,
     align: Align | None = None,
 ) -> dict[str, Experts]:
@@ -59,7 +59,9 @@ def load_experts(
         format: ``"gpt-oss"``, ``"quark"``, ``"compressed-tensors"``, ``"deepseek"``, ``"shuffled_tensor"``, or
             ``"auto"`` to have it read off the names.
         device: where new tensors go; on ``"meta"`` they have sizes only, and only headers are read.
-        rank, world_size: of how many parts which is wanted; only that part is read.
+        rank, world_size: of how many parts which is wanted; only that part is read. With two ``dim``, one of each:
+            ``rank=(1, 0), world_size=(2, 4), dim=("expert", "intermediate")`` is the second half of the experts, and of
+            these the first quarter of the intermediate dimension.
         dim: ``"expert"`` for expert parallelism (shared experts are whole on every rank), or ``"intermediate"`` for
             tensor parallelism: matching gate and up rows of w13, columns of w2, parted as
             :meth:`ShuffledMXFP4Tensor.shard` does. A w2 bias is rank 0's alone there, zero for the others, since ranks'
@@ -86,9 +88,7 @@ def load_experts(
     No parameter has changed when it raises, unless a file that was whole cannot be read to its end: then the weight
     that was being written refuses to be used.
     """
-    if dim not in ("expert", "intermediate"):
-        raise ValueError(f"dim must be 'expert' or 'intermediate', found {dim!r}")
-    check_rank(rank, world_size)
+    ranks = _ranks(rank, world_size, dim)
     _check_device(device)
     aligns = (None, None) if align is None else aligns_of_layer(align)
     if into is not None and align is not None:
@@ -97,7 +97,7 @@ def load_experts(
     with Files(path) as files:
         plan = []
         for name, layer in find_layers(files, prefix, format).items():
-            cut = _cut(name, layer, rank, world_size, dim)
+            cut = _cut(name, layer, ranks)
             targets = _new(layer, cut, device, aligns) if into is None else _parameters(into, name, layer, cut)
             plan.append((name, layer, cut, targets))
         if into is not None:  # before any of them changes
@@ -111,7 +111,7 @@ def load_experts(
                         continue
                     _write(weight, cut, tensor)
                     if bias is not None:
-                        others = dim == "intermediate" and rank > 0 and not weight.gate_up
+                        others = cut.span.start > 0 and not weight.gate_up  # one rank's alone, since outputs are added
                         with torch.inference_mode(bias.is_inference()), torch.no_grad():
                             for place, expert in enumerate(cut.experts):
                                 bias[place] = 0 if others else weight.read(BIAS, expert, cut.span)
@@ -137,15 +137,36 @@ class _Cut(NamedTuple):
     whole: bool
 
 
-def _cut(name: str, layer: Layer, rank: int, world_size: int, dim: ShardDim) -> _Cut:
-    experts, intermediate = range(layer.w13.shape[0]), range(layer.w2.shape[2])
-    if world_size == 1 or (dim == "expert" and is_shared(name)):
-        return _Cut(experts, intermediate, True)
-    try:
-        part = shard_range(len(experts if dim == "expert" else intermediate), rank, world_size, dim)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return _Cut(*((part, intermediate) if dim == "expert" else (experts, part)), False)
+_Ranks = dict[ShardDim, tuple[int, int]]
+"""By dimension: which part, of how many."""
+
+
+def _ranks(
+    rank: int | tuple[int, ...], world_size: int | tuple[int, ...], dim: ShardDim | tuple[ShardDim, ...]
+) -> _Ranks:
+    places = rank if isinstance(rank, tuple) else (rank,)
+    sizes = world_size if isinstance(world_size, tuple) else (world_size,)
+    dims = dim if isinstance(dim, tuple) else (dim,)
+    known = all(each in ("expert", "intermediate") for each in dims)
+    if not known or len(set(dims)) != len(dims):
+        raise ValueError(f"dim must be 'expert' or 'intermediate', or both, found {dim!r}")
+    if not len(places) == len(sizes) == len(dims):
+        raise ValueError(f"rank, world_size and dim must be one each, or as many, found {rank}, {world_size}, {dim!r}")
+    for each in zip(places, sizes, strict=True):
+        check_rank(*each)
+    return dict(zip(dims, zip(places, sizes, strict=True), strict=True))
+
+
+def _cut(name: str, layer: Layer, ranks: _Ranks) -> _Cut:
+    whole: dict[ShardDim, range] = {"expert": range(layer.w13.shape[0]), "intermediate": range(layer.w2.shape[2])}
+    parts = dict(whole)
+    for dim, (rank, world_size) in ranks.items():
+        if world_size > 1 and not (dim == "expert" and is_shared(name)):
+            try:
+                parts[dim] = shard_range(len(whole[dim]), rank, world_size, dim)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return _Cut(parts["expert"], parts["intermediate"], parts == whole)
 
 
 def _shapes(layer: Layer, cut: _Cut) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
