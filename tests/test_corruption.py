@@ -546,7 +546,7 @@ def test_a_bias_that_the_checkpoint_does_not_have(tmp_path: Path) -> None:
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
-    "dim": ({"dim": "rows"}, "dim must be 'expert' or 'intermediate', found 'rows'"),
+    "dim": ({"dim": "rows"}, "dim must be 'expert' or 'intermediate', or both, found 'rows'"),
     "rank": ({"rank": 2, "world_size": 2}, "rank must be from 0 to world_size - 1, found rank 2 of 2"),
     "negative rank": ({"rank": -1}, "rank must be from 0 to world_size - 1, found rank -1 of 1"),
     "experts": ({"world_size": 3}, f"{NAME}: 2 (expert) cannot be parted into 3 equal parts"),
