@@ -271,6 +271,7 @@ def test_doctor() -> None:
     assert_expected_inline(
         f"{plain}\n\n{target}",
         """\
+verdict       CPU only: the reference backend alone, for tests and conversions, not for serving
 torch         <version>
 aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
 triton        <version>
@@ -281,6 +282,7 @@ cpu           cpu
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 to change     nothing: neither aiter nor triton runs here, and the reference backend runs everything
 
+verdict       gfx950: the aiter backend, and reference for the calls that it does not take
 torch         <version>
 aiter         of unknown release, API v0.1.18 and later (#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18)
 triton        <version>
@@ -321,11 +323,17 @@ def test_doctor_on_another_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(triton, "_installed", lambda: installed)
     monkeypatch.setattr(triton, "_too_old", lambda device: too_old)
-    monkeypatch.setattr(triton, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(triton, "_version", lambda: "3.6.0")
     with override_arch("sm_90", "cuda"), fake_aiter("v0.1.18 and later"):
         report = doctor().splitlines()
     assert report[report.index("cuda:0        sm_90") + 2] == f"  triton      {here}"
     assert report[-1] == f"to change     {change}"
+    runs = (
+        "triton backend, and reference for the calls that it does not take"
+        if "yes" in here
+        else "reference backend alone"
+    )
+    assert report[0].startswith(f"verdict       sm_90: the {runs}")
     assert f"triton        {'3.6.0' if installed else 'not installed'}" in report
 
 

@@ -15,7 +15,7 @@ __all__ = ["doctor"]
 def doctor() -> str:
     """This machine, as ``python -m shuffled_tensor doctor`` prints it."""
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    lines = [f"torch         {torch.__version__}"]
+    lines = [f"verdict       {_verdict(devices)}", f"torch         {torch.__version__}"]
     for name, backend in BACKENDS.items():
         fingerprint = backend.fingerprint()
         if fingerprint is not None:
@@ -26,6 +26,16 @@ def doctor() -> str:
     lines.append(f"layouts       {', '.join(map(repr, LAYOUTS))}")
     lines.append(f"to change     {_advice(devices)}")
     return "\n".join(lines)
+
+
+def _verdict(devices: list[torch.device]) -> str:
+    """Of the device that a model would be on."""
+    device = devices[1] if len(devices) > 1 else devices[0]
+    first, *others = [backend.name for backend in BACKENDS.values() if unavailable(backend, device) is None]
+    where = "CPU only" if arch(device) == "cpu" else arch(device)
+    if not others:
+        return f"{where}: the {first} backend alone, for tests and conversions, not for serving"
+    return f"{where}: the {first} backend, and {' and '.join(others)} for the calls that it does not take"
 
 
 def _on(backend: Backend, device: torch.device) -> str:
