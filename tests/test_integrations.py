@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shuffled_tensor import refit, wrap_experts_
+from shuffled_tensor import owners, refit, wrap_experts_
 from shuffled_tensor.integrations.atom import OwnedExperts, OwnedMemory
 from shuffled_tensor.integrations.experts import LeftAlone, lay_out
 
@@ -343,6 +343,17 @@ def test_bias_rows_after_a_sleep() -> None:
     bias = torch.arange(2.0 * INTERMEDIATE * EXPERTS).view(EXPERTS, -1)
     layer.w13_bias.weight_loader(layer.w13_bias, bias)
     assert torch.equal(layer.w13_bias, torch.cat([bias[:, ::2], bias[:, 1::2]], 1))
+
+
+def test_memory_that_comes_back_is_known_to_be_shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator may give the same again, whose owner was forgotten when it was freed."""
+    weight = loaded("mxfp4_moe").mxfp4_experts.w13
+    memory = weight.qdata, weight.scale
+    weight._storage.give_up()
+    known: list[Tensor] = []
+    monkeypatch.setattr(owners, "register", lambda storage, record, *data: known.extend(data))
+    weight._storage.take(*memory)
+    assert [each.data_ptr() for each in known] == [each.data_ptr() for each in memory]
 
 
 def test_a_layer_on_the_meta_device() -> None:

@@ -522,6 +522,23 @@ def test_gradients_of_what_surrounds_the_experts(family: str, checkpointing: boo
             )
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_slots_of_another_ranks_experts(activation: str) -> None:
+    """Under expert parallelism transformers gives them the id behind the last one, and the weight 0."""
+    model = quantize_model_(plain("qwen3_moe", hidden_act=activation))
+    layer = experts(model)["model.layers.0.mlp.experts"]
+    layer._is_expert_parallel = True
+    x, weight = torch.randn(5, 64), torch.rand(5, 2)
+    ids = torch.tensor([[0, 8], [8, 8], [3, 1], [8, 7], [2, 5]])
+    weight[ids == 8] = 0
+    with torch.no_grad():
+        found = layer(x, ids, weight)
+        judge = rounded(plain("qwen3_moe", hidden_act=activation)).model.layers[0].mlp.experts
+        judge.config._experts_implementation = "eager"
+        expected = judge(x, ids.clamp(max=7), weight)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_of_biases_alone() -> None:
     model, judge = quantize_model_(plain("gpt_oss")), rounded(plain("gpt_oss"))
     for each in (model, judge):
