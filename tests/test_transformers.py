@@ -145,7 +145,10 @@ def test_a_family(family: str, tmp_path: Path) -> None:
     assert len(packed_weights(model)) == 2 * len(experts(model)) > 0
     assert model.config._experts_implementation == "shuffled_tensor"
     found = logits(model)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if family == "gpt_oss":  # whose activation is computed in another order
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(found, expected)
     in_place = quantize_model_(plain(family))
     assert torch.equal(logits(in_place), found)
     for saved in (model, in_place):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shuffled_tensor import mxfp4
@@ -74,7 +75,7 @@ class Reference(Backend):
 def _product(x: Tensor, weight: PackedStorage, expert: int) -> Tensor:
     """``x @ W.T`` in float32, of one expert's weight W."""
     qdata, scale = (data[0] for data in weight.canonical(range(expert, expert + 1)))
-    return torch.cat([piece @ x.T for piece in mxfp4.dequantize_pieces(qdata, scale)]).T
+    return torch.cat([F.linear(x, piece) for piece in mxfp4.dequantize_pieces(qdata, scale)], 1)
 
 
 def _round_trip(values: Tensor, rule: ScaleRule | None) -> Tensor:
