@@ -229,3 +229,54 @@ def test_formats_that_call_codes_alike(tmp_path: Path) -> None:
     save_plain(quark, path)
     with pytest.raises(CheckpointError, match="has no scale of expert 1"):
         load_experts(path)
+
+
+# --- experts in other forms
+
+OTHERS = {
+    "NVFP4": (
+        {".weight": (32, torch.uint8), ".weight_scale": (4, torch.float8_e4m3fn), ".weight_scale_2": (1, torch.float32)},
+        r"down_proj\.weight_scale_2 is of experts in NVFP4 \(blocks of 16, with an outer scale\): dequantise it",
+    ),
+    "NVFP4 of compressed-tensors": (
+        {".weight_packed": (32, torch.uint8), ".weight_scale": (4, torch.float8_e4m3fn), ".weight_global_scale": (1, torch.float32)},
+        r"weight_global_scale is of experts in NVFP4",
+    ),
+    "FP8 in blocks": (
+        {".weight": (64, torch.float8_e4m3fn), ".weight_scale_inv": (1, torch.float32)},
+        r"weight_scale_inv is of experts in FP8 with scales of blocks: dequantise it",
+    ),
+    "FP8": (
+        {".weight": (64, torch.float8_e4m3fn), ".weight_scale": (1, torch.float32)},
+        r"down_proj\.weight is of experts in FP8: dequantise it",
+    ),
+    "AWQ": ({".qweight": (8, torch.int32), ".scales": (2, torch.float16)}, r"qweight is of experts in AWQ's or GPTQ's"),
+    "int4": (
+        {".weight_packed": (8, torch.int32), ".weight_scale": (2, torch.bfloat16), ".weight_shape": (2, torch.int64)},
+        r"is of experts in compressed-tensors' packed integers: dequantise it",
+    ),
+    "bfloat16": ({".weight": (64, torch.bfloat16)}, r"is of experts in high precision: quantise it with quantize_experts_"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "said"), OTHERS.values(), ids=OTHERS)
+def test_experts_in_other_forms_are_called_by_their_names(
+    parts: dict[str, tuple[int, torch.dtype]], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        f"model.layers.0.mlp.experts.{expert}.{projection}{suffix}": torch.zeros(64, width, dtype=torch.uint8).to(dtype)
+        for expert in range(2)
+        for projection in ("gate_proj", "up_proj", "down_proj")
+        for suffix, (width, dtype) in parts.items()
+    }
+    save_plain(tensors, path)
+    with pytest.raises(CheckpointError, match=said):
+        load_experts(path)
+
+
+def test_stacked_experts_in_high_precision(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_plain({"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 64, 64, dtype=torch.bfloat16)}, path)
+    with pytest.raises(CheckpointError, match=r"gate_up_proj is of experts in high precision: quantise it"):
+        load_experts(path)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.measure import PLAIN_DTYPES, measure
+from shuffled_tensor.checkpoint.others import recognised
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
@@ -234,7 +235,7 @@ def _unknown(files: Files, layer: str, names: list[str]) -> str:
     more = f" and {len(names) - 1} more tensors of {layer} are" if len(names) > 1 else " is"
     return (
         f"{names[0]} in {files.file(names[0])}{more} named as in no format that is known, so what it says of the "
-        "experts would be lost; load_experts(prefix=...) reads layers without such tensors"
+        f"experts would be lost; load_experts(prefix=...) reads layers without such tensors{recognised(files, names)}"
     )
 
 
@@ -297,6 +298,7 @@ def detect(files: Files, prefix: str = "") -> str:
         raise CheckpointError(f"{files.path} holds {both}; say which with format=")
     raise CheckpointError(
         f"no tensor of {_among(files, prefix)} is named as MXFP4 experts are in {', '.join(map(repr, PART_NAMES))}"
+        f"{recognised(files, (name for name in files if name.startswith(prefix)))}"
     )
 
 
