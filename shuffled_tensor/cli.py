@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="a table of the MXFP4 weights in a checkpoint, and their problems")
     inspect.add_argument("path", help="a safetensors file, or a directory of them")
     inspect.add_argument("--read", action="store_true", help="read the weights too, and compare them with checksums")
+    inspect.add_argument("--ranks", type=_positive, help="say what each of so many ranks would hold")
     inspect.add_argument("--json", action="store_true", help="a JSON list, an object a weight, for other programs")
     inspect.set_defaults(run=_inspect)
 
@@ -125,10 +126,12 @@ def _positive(text: str) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> bool:
-    from shuffled_tensor.checkpoint.inspection import inspect, table
+    from shuffled_tensor.checkpoint.inspection import inspect, shares, table
 
     findings = inspect(options.path, read=options.read)
     print(json.dumps([asdict(finding) for finding in findings], indent=1) if options.json else table(findings))
+    if options.ranks and not options.json:
+        print(shares(findings, options.ranks))
     return any(finding.problems for finding in findings)
 
 

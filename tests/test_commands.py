@@ -132,6 +132,19 @@ weights: 4, layers: 2, size: 1.1 MiB
     )
 
 
+def test_what_ranks_would_hold(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "deepseek.safetensors", "--ranks", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [  # 541.9 KiB; 160 in 96 and 64
+        "2 ranks by expert: 270.9 KiB each",
+        "2 ranks by intermediate: 216.8 KiB to 325.1 KiB each",
+    ]
+    assert main(["inspect", "deepseek.safetensors", "--ranks", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "3 ranks by expert: layers.0.ffn.experts.w13_weight: 4 (expert) cannot be parted into 3 equal parts",
+        "3 ranks by intermediate: 108.4 KiB to 216.8 KiB each",
+    ]
+
+
 def test_inspect_for_other_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", ".", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from shuffled_tensor.checkpoint.names import (
     detect,
     formats_in,
     group_layers,
+    is_shared,
     manifest_weights,
     unknown_tensors,
 )
@@ -25,9 +27,10 @@ from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import CODES, SCALES
+from shuffled_tensor.tensor.geometry import ShardDim, shard_range
 from shuffled_tensor.tensor.storage import checksum
 
-__all__ = ["Finding", "inspect", "table"]
+__all__ = ["Finding", "inspect", "shares", "table"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,30 @@ def table(findings: list[Finding]) -> str:
     layers = len({finding.name.rpartition(".")[0] for finding in findings})
     total = _size(sum(finding.nbytes for finding in findings))
     return "\n".join([*lines, f"weights: {len(findings)}, layers: {layers}, size: {total}"])
+
+
+def shares(findings: list[Finding], ranks: int) -> str:
+    """What each of so many ranks would hold of these, parted along either dimension: a line each, or why not."""
+    lines = []
+    for dim in get_args(ShardDim):
+        held = [0.0] * ranks
+        try:
+            for finding in (finding for finding in findings if finding.shape):
+                experts, rows, columns = finding.shape
+                gate_up = finding.name.endswith("w13_weight")
+                size = experts if dim == "expert" else rows // 2 if gate_up else columns
+                whole = is_shared(finding.name.rpartition(".")[0]) and dim == "expert"
+                for rank in range(ranks):
+                    part = size if whole else len(shard_range(size, rank, ranks, dim))
+                    held[rank] += finding.nbytes * part / size
+        except ValueError as error:
+            lines.append(f"{ranks} ranks by {dim}: {finding.name}: {error}")
+        else:
+            each = (
+                f"{_size(int(min(held)))} to {_size(int(max(held)))}" if min(held) < max(held) else _size(int(held[0]))
+            )
+            lines.append(f"{ranks} ranks by {dim}: {each} each")
+    return "\n".join(lines)
 
 
 def _size(nbytes: int) -> str:
