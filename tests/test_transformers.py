@@ -582,7 +582,9 @@ def test_scale_rules_and_layouts(rule: Any, tmp_path: Path) -> None:
     path = save(plain("mixtral"), tmp_path / "plain")
     model = load(path, quantization_config=Mxfp4Config(scale_rule=rule, shuffle_kind="mxfp4_separated"))
     weight, values = model.model.layers[0].mlp.experts.down_proj, plain("mixtral").model.layers[0].mlp.experts.down_proj
-    assert weight.shuffle_kind == "mxfp4_separated"
+    assert (weight.shuffle_kind, weight.is_shuffled) == ("mxfp4_separated", False)  # the first use shuffles
+    with pytest.raises(ValueError, match="made for shuffle_kind='mxfp4_separated'"):
+        weight.detach().as_kernel_operands(layout="none")
     assert torch.equal(weight.dequantize(torch.float64), to_mxfp4(values.data, rule))
 
 

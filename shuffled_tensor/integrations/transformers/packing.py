@@ -13,7 +13,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from shuffled_tensor.integrations.transformers.experts import PROJECTIONS, interleaved, order_of, parted
-from shuffled_tensor.layouts import ROW_MAJOR
+from shuffled_tensor.layouts import ROW_MAJOR, layout_or_none
 from shuffled_tensor.mxfp4 import quantize
 from shuffled_tensor.tensor.checks import check_high_precision, check_parts
 from shuffled_tensor.tensor.geometry import ALIGN, Geometry
@@ -109,8 +109,7 @@ class Pack(_Op):
                 for view, data in zip(views, pair, strict=True):
                     view[expert].narrow(0, half * rows, rows).copy_(data.view(torch.uint8))
                 codes[expert] = None  # type: ignore[index]  # one at a time exists twice
-        if config.shuffle_kind is not None:
-            weight.shuffle_(config.shuffle_kind)
+        weight._storage.requested_layout = layout_or_none(config.shuffle_kind)
         return weight
 
 
