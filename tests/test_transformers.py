@@ -294,35 +294,6 @@ def test_modules_that_are_left(family: str, tmp_path: Path) -> None:
 # --- what is wrong is said
 
 
-def test_a_damaged_checkpoint(tmp_path: Path) -> None:
-    by_expert_checkpoint(tmp_path, "qwen3_moe", "Quark", {0, 1})
-    state = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
-    state[name] = state[name][:, :1].clone()
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"automatic conversion of the weights"):
-        load(tmp_path, config=config_for(str(tmp_path)))
-
-
-def test_an_expert_that_is_missing(tmp_path: Path) -> None:
-    by_expert_checkpoint(tmp_path, "qwen3_moe", "Quark", {0, 1})
-    state = load_file(tmp_path / "model.safetensors")
-    del state["model.layers.1.mlp.experts.3.up_proj.weight"]
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"automatic conversion of the weights"):
-        load(tmp_path, config=config_for(str(tmp_path)))
-
-
-def test_a_layer_whose_experts_are_missing(tmp_path: Path) -> None:
-    """transformers alone would make random ones."""
-    by_expert_checkpoint(tmp_path, "qwen3_moe", "Quark", {0, 1})
-    state = load_file(tmp_path / "model.safetensors")
-    state = {name: data for name, data in state.items() if "layers.1.mlp.experts" not in name}
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is in no file of the checkpoint"):
-        load(tmp_path, config=config_for(str(tmp_path)))
-
-
 def _with(path: Path, change: Any) -> Any:
     """The Quark checkpoint with other tensors, loaded."""
     by_expert_checkpoint(path, "qwen3_moe", "Quark", {0, 1})
@@ -332,6 +303,24 @@ def _with(path: Path, change: Any) -> Any:
         changed |= change(name, data)
     save_file(changed, path / "model.safetensors", {"format": "pt"})
     return load(path, config=config_for(str(path)))
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    damaged = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
+    with pytest.raises(RuntimeError, match=r"automatic conversion of the weights"):
+        _with(tmp_path, lambda name, data: {name: data[:, :1].clone() if name == damaged else data})
+
+
+def test_an_expert_that_is_missing(tmp_path: Path) -> None:
+    missing = "model.layers.1.mlp.experts.3.up_proj.weight"
+    with pytest.raises(RuntimeError, match=r"automatic conversion of the weights"):
+        _with(tmp_path, lambda name, data: {} if name == missing else {name: data})
+
+
+def test_a_layer_whose_experts_are_missing(tmp_path: Path) -> None:
+    """transformers alone would make random ones."""
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is in no file of the checkpoint"):
+        _with(tmp_path, lambda name, data: {} if "layers.1.mlp.experts" in name else {name: data})
 
 
 NAMED_OTHERWISE = {

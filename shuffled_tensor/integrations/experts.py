@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR, Layout
 from shuffled_tensor.mxfp4 import CODES, SCALES, Part
-from shuffled_tensor.tensor.geometry import Geometry, RowOrder
+from shuffled_tensor.tensor.geometry import Geometry, RowOrder, interleave_rows, part_rows
 from shuffled_tensor.tensor.part_view import PartView
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.validity import State
@@ -316,11 +316,10 @@ class Experts(NamedTuple):
             if param.data_ptr() != getattr(layer, name).data_ptr() or self.w13.row_order != "interleaved":
                 return loader(param, *args, **kwargs)
             with self.w13._storage.lock:  # others may load other experts' meanwhile
-                rows = param.data.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-                as_loaded = nn.Parameter(rows, requires_grad=False)
+                as_loaded = nn.Parameter(interleave_rows(param.data), requires_grad=False)
                 vars(as_loaded).update(vars(param))
                 result = loader(as_loaded, *args, **kwargs)
-                param.data.copy_(as_loaded.data.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1))
+                param.data.copy_(part_rows(as_loaded.data))
             return result
 
         load.in_row_order = True  # type: ignore[attr-defined]

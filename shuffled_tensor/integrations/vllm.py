@@ -58,13 +58,13 @@ def _override() -> str | None:
     if not on_gfx950():
         return "it is for gfx950 GPUs, and this is another one"
     quantization: Any = import_module(_QUANTIZATION)
-    configs = {name: getattr(import_module(module), config) for name, (module, config) in _CONFIGS.items()}
+    owning = {name: _owning_config(name) for name in _CONFIGS}
     registered = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
-    for name in configs:
+    for name in owning:
         if name in registered and registered[name].__module__ != __name__:
             return f"another plugin has registered quantization {name!r}: {registered[name].__module__}"
-    for name in configs:
-        quantization.register_quantization_config(name)(_owning_config(name))
+    for name, config in owning.items():
+        quantization.register_quantization_config(name)(config)
     return None
 
 

@@ -23,6 +23,8 @@ __all__ = [
     "align_of",
     "aligns_of_layer",
     "check_rank",
+    "interleave_rows",
+    "part_rows",
     "shard_range",
     "slice_of",
 ]
@@ -50,6 +52,18 @@ _TILES = {
     for part, gate_up in product(PARTS, (True, False))
 }
 """Rows of each half, and columns, that every layout tiles."""
+
+
+def interleave_rows(rows: Tensor) -> Tensor:
+    """Gate, then up, along dimension 1, become g0, u0, g1, u1, ..."""
+    out: Tensor = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+    return out
+
+
+def part_rows(rows: Tensor) -> Tensor:
+    """The inverse of :func:`interleave_rows`."""
+    out: Tensor = rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2).contiguous()
+    return out
 
 
 def align_of(align: Align, sizes: str = "rows of each half, columns") -> tuple[int, int]:

@@ -12,6 +12,8 @@ from tests.support.bytes import coded, moderate_scales
 from tests.support.judges import dense, dense_moe, relative_error, rounded_moe
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 4, 512, 256, 16
+ORDER = [2, 0, 3, 1]
+"""The expert that comes to each place when experts are rebalanced."""
 
 
 QUARK = {
@@ -103,3 +105,13 @@ def error(out: Tensor, right: Checkpoint, *, fused: bool = True) -> float:
     else:
         expected = rounded_moe("mxfp4, round_up", given[0], right.w13, right.w2, *given[1:], fused=fused)
     return relative_error(out, expected)
+
+
+def reorder(weights: list[Tensor]) -> None:
+    """As engines move experts within a rank: through a buffer, row by row."""
+    buffers = [torch.empty_like(weight) for weight in weights]
+    for weight, buffer in zip(weights, buffers, strict=True):
+        for place, expert in enumerate(ORDER):
+            buffer[place].copy_(weight[expert])
+        for place in range(EXPERTS):
+            weight[place].copy_(buffer[place])

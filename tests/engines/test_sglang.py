@@ -17,13 +17,12 @@ from shuffled_tensor.integrations import sglang as plugin
 from shuffled_tensor.testing import FakeAiter
 
 from . import sglang_layer as s
-from .layers import EXPERTS, QUARK, Checkpoint, error, gpt_oss, inputs, quark
+from .layers import EXPERTS, ORDER, QUARK, Checkpoint, error, gpt_oss, inputs, quark, reorder
 
 s.make_importable()
 
 RIGHT = 5e-3
 WRONG = 0.5
-ORDER = [2, 0, 3, 1]
 MENDED = "SGLang has mended this: say so in docs/INTEGRATIONS.md"
 
 
@@ -94,14 +93,8 @@ def update_from_disk(layer: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def rebalance(layer: nn.Module) -> None:
-    """As `expert_location_updater` moves experts within a rank."""
-    weights = [parameter.data[:EXPERTS] for parameter in layer.parameters()]
-    buffers = [torch.empty_like(weight) for weight in weights]
-    for weight, buffer in zip(weights, buffers, strict=True):
-        for place, expert in enumerate(ORDER):
-            buffer[place].copy_(weight[expert])
-        for place in range(EXPERTS):
-            weight[place].copy_(buffer[place])
+    """As `expert_location_updater` does it."""
+    reorder([parameter.data[:EXPERTS] for parameter in layer.parameters()])
 
 
 def off(layer: nn.Module, right: Checkpoint) -> float:

@@ -19,13 +19,12 @@ from shuffled_tensor.integrations.vllm import register
 from shuffled_tensor.testing import FakeAiter
 
 from . import vllm_layer as v
-from .layers import EXPERTS, HIDDEN, INTERMEDIATE, QUARK, Checkpoint, error, gpt_oss, inputs, quark
+from .layers import EXPERTS, HIDDEN, INTERMEDIATE, ORDER, QUARK, Checkpoint, error, gpt_oss, inputs, quark, reorder
 
 v.make_importable()
 
 RIGHT = 5e-3
 WRONG = 0.5
-ORDER = [2, 0, 3, 1]
 
 
 @pytest.fixture
@@ -88,14 +87,8 @@ def reload(model: nn.Module, checkpoint: Checkpoint | None) -> None:
 
 
 def rebalance(model: nn.Module) -> None:
-    """As `rebalance_execute` moves experts within a rank: through a buffer, row by row."""
-    weights = list(model["experts"].get_expert_weights())
-    buffers = [torch.empty_like(weight) for weight in weights]
-    for weight, buffer in zip(weights, buffers, strict=True):
-        for place, expert in enumerate(ORDER):
-            buffer[place].copy_(weight[expert])
-        for place in range(EXPERTS):
-            weight[place].copy_(buffer[place])
+    """As `rebalance_execute` does it."""
+    reorder(list(model["experts"].get_expert_weights()))
 
 
 def off(model: nn.Module, right: Checkpoint) -> float:

@@ -21,9 +21,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from shuffled_tensor.moe.activations import ACTIVATIONS
 from shuffled_tensor.moe.op import fused_moe
+from shuffled_tensor.tensor.geometry import interleave_rows, part_rows
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
-__all__ = ["FUNCTION", "PROJECTIONS", "experts_of", "interleaved", "order_of", "pack_", "parted", "prepare_", "why_not"]
+__all__ = ["FUNCTION", "PROJECTIONS", "experts_of", "is_packed", "order_of", "pack_", "prepare_", "why_not"]
 
 _log = logging.getLogger("shuffled_tensor")
 
@@ -38,24 +39,24 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "has_gate")}
 
 
+def is_packed(experts: Any) -> bool:
+    """Whether the weights of an experts module are ours; some have no gate, and other names."""
+    return isinstance(getattr(experts, "gate_up_proj", None), ShuffledMXFP4Tensor)
+
+
 def why_not(experts: Any) -> str | None:
     """Why the weights of an experts module cannot be ours, or None."""
     if not experts.has_gate:
         return "its experts have no gate"
     if experts.has_post_expert_norm:
         return "its experts end in a norm"
-    if isinstance(experts.gate_up_proj, ShuffledMXFP4Tensor):
+    if is_packed(experts):
         return "its weights are packed already"
-    hidden, intermediate = sizes_of(experts)
+    rows, columns = experts.gate_up_proj.shape[-2:]
+    hidden, intermediate = (rows, columns // 2) if experts.is_transposed else (columns, rows // 2)
     if hidden % 32 or intermediate % 32:
         return f"its sizes {hidden} and {intermediate} are not multiples of 32"
     return None
-
-
-def sizes_of(experts: Any) -> tuple[int, int]:
-    """Hidden and intermediate."""
-    rows, columns = experts.gate_up_proj.shape[-2:]
-    return (rows, columns // 2) if experts.is_transposed else (columns, rows // 2)
 
 
 def order_of(experts: Any, projection: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def pack_(experts: Any, **options: Any) -> None:
         packed = ShuffledMXFP4Tensor.from_hp(values.detach(), **order_of(experts, projection), **options)
         setattr(experts, projection, nn.Parameter(packed, requires_grad=False))
     if experts.has_bias and not experts.is_concatenated:
-        experts.gate_up_proj_bias.data = parted(experts.gate_up_proj_bias.data)
+        experts.gate_up_proj_bias.data = part_rows(experts.gate_up_proj_bias.data)
 
 
 def _gate_of(experts: Any) -> dict[str, Any] | None:
@@ -113,18 +114,17 @@ def _calls(numbers: list[float]) -> Iterator[dict[str, Any]]:
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts function."""
-    if not isinstance(self.gate_up_proj, ShuffledMXFP4Tensor):  # a layer that is not packed
+    if not is_packed(self):  # a layer that is not packed
         plain: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         return plain
     if not hasattr(self, "packed_gate"):  # somebody else has packed it
         prepare_(type(self).__name__, self)
-    biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else ()
-    wants_gradient = any(given.requires_grad for given in (hidden_states, top_k_weights, *biases))
+    bias = {"w13_bias": self.gate_up_proj_bias, "w2_bias": self.down_proj_bias} if self.has_bias else {}
+    wants_gradient = any(given.requires_grad for given in (hidden_states, top_k_weights, *bias.values()))
     if (wants_gradient and torch.is_grad_enabled()) or self.packed_gate is None:
         return _one_by_one(self, hidden_states, top_k_index, top_k_weights)
     if self._is_expert_parallel:  # other ranks' experts have ids behind these, and weight 0
         top_k_index = top_k_index.clamp(max=self.num_experts - 1)
-    bias = {"w13_bias": self.gate_up_proj_bias, "w2_bias": self.down_proj_bias} if self.has_bias else {}
     return fused_moe(
         hidden_states, self.gate_up_proj, self.down_proj, top_k_weights, top_k_index, **self.packed_gate, **bias
     )
@@ -140,22 +140,10 @@ def _one_by_one(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
         first, second = (self.gate_up_proj_bias[expert], self.down_proj_bias[expert]) if self.has_bias else (None, None)
         rows = F.linear(hidden_states[token], self.gate_up_proj[expert], first)
-        rows = self._apply_gate(rows if self.is_concatenated else interleaved(rows))
+        rows = self._apply_gate(rows if self.is_concatenated else interleave_rows(rows))
         rows = F.linear(rows, self.down_proj[expert], second) * top_k_weights[token, slot, None]
         out = out.index_add(0, token, rows.to(out.dtype))
     return out
 
 
 ALL_EXPERTS_FUNCTIONS.register(FUNCTION, _forward)
-
-
-def interleaved(rows: Tensor) -> Tensor:
-    """Gate, then up, along dimension 1, become g0, u0, g1, u1, ..."""
-    out: Tensor = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
-    return out
-
-
-def parted(rows: Tensor) -> Tensor:
-    """The inverse of :func:`interleaved`."""
-    out: Tensor = rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2).contiguous()
-    return out

@@ -22,7 +22,7 @@ from shuffled_tensor.integrations.transformers.experts import (
     FUNCTION,
     PROJECTIONS,
     experts_of,
-    interleaved,
+    is_packed,
     pack_,
     prepare_,
     why_not,
@@ -30,7 +30,7 @@ from shuffled_tensor.integrations.transformers.experts import (
 from shuffled_tensor.integrations.transformers.packing import SUFFIXES, Pack, PartBias, Quantize, stacks_experts
 from shuffled_tensor.integrations.transformers.saving import BY_EXPERT, saved_config, saved_state
 from shuffled_tensor.mxfp4 import BLOCK, ScaleRule
-from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
+from shuffled_tensor.tensor.geometry import interleave_rows
 
 __all__ = ["Mxfp4Config", "config_for", "quantize_model_", "use_for_mxfp4"]
 
@@ -176,14 +176,14 @@ class Mxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [used for used in own if not isinstance(getattr(used, "operations", [0])[0], Pack)]
         self._replaced.clear()
         for name, experts in list(self.experts.items()):
-            if isinstance(experts.gate_up_proj, ShuffledMXFP4Tensor):
+            if is_packed(experts):
                 continue
             del self.experts[name]  # the checkpoint has not packed it
             missing = [f"{name}.{projection}" for projection in PROJECTIONS if not self._came(f"{name}.{projection}")]
             if self._names and missing:
                 raise ValueError(f"{missing[0]} is in no file of the checkpoint, so it would be random")
             if experts.has_bias and not experts.is_concatenated:
-                experts.gate_up_proj_bias.data = interleaved(experts.gate_up_proj_bias.data)
+                experts.gate_up_proj_bias.data = interleave_rows(experts.gate_up_proj_bias.data)
         self.quantization_config.saved = saved_config(model)
 
     def _came(self, name: str) -> bool:
@@ -196,16 +196,16 @@ class Mxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for experts in experts_of(model).values():
-            if not isinstance(getattr(experts, "gate_up_proj", None), ShuffledMXFP4Tensor):
+            if not is_packed(experts):
                 continue
             for name in PROJECTIONS:
                 value = getattr(experts, name).dequantize(dtype)
                 if name == "gate_up_proj" and not experts.is_concatenated:
-                    value = interleaved(value)
+                    value = interleave_rows(value)
                 value = value.transpose(1, 2).contiguous() if experts.is_transposed else value
                 setattr(experts, name, nn.Parameter(value, requires_grad=False))
             if experts.has_bias and not experts.is_concatenated:
-                experts.gate_up_proj_bias.data = interleaved(experts.gate_up_proj_bias.data)
+                experts.gate_up_proj_bias.data = interleave_rows(experts.gate_up_proj_bias.data)
         model.set_experts_implementation("grouped_mm")
         return model
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from shuffled_tensor.integrations.transformers.experts import PROJECTIONS, interleaved, order_of, parted
+from shuffled_tensor.integrations.transformers.experts import PROJECTIONS, order_of
 from shuffled_tensor.layouts import ROW_MAJOR, layout_or_none
 from shuffled_tensor.mxfp4 import quantize
 from shuffled_tensor.tensor.checks import check_high_precision, check_parts
-from shuffled_tensor.tensor.geometry import ALIGN, Geometry
+from shuffled_tensor.tensor.geometry import ALIGN, Geometry, interleave_rows, part_rows
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -82,17 +82,16 @@ class Pack(_Op):
             return next((found.pop(source + suffix) for suffix in suffixes if source + suffix in found), None)
 
         halves = [(of(source, _CODES), of(source, _SCALES)) for source in sources]
-        for source, (codes, _) in zip(sources, halves, strict=True):
+        for source, (codes, scales) in zip(sources, halves, strict=True):
             if codes is None or len(codes) != shape[0]:
                 raise ValueError(f"{name} needs {shape[0]} experts' {source}, found {len(codes or [])}")
-        plain = [scales is None for _, scales in halves]
-        for source, (codes, scales) in zip(sources, halves, strict=True):
             if scales is None:
-                check_high_precision(codes[0])  # type: ignore[index]
+                check_high_precision(codes[0])
             elif len(scales) != shape[0]:
                 raise ValueError(f"{name} needs {shape[0]} experts' scales of {source}, found {len(scales)}")
         self.hf_quantizer.found.add(name)
-        if all(plain) and (self.hf_quantizer.pre_quantized or name.rpartition(".")[0] not in self.hf_quantizer.experts):
+        plain = all(scales is None for _, scales in halves)
+        if plain and (self.hf_quantizer.pre_quantized or name.rpartition(".")[0] not in self.hf_quantizer.experts):
             # a layer that the checkpoint has not packed, or that is to stay
             return torch.cat([torch.stack(codes) for codes, _ in halves if codes is not None], dim=1).to(dtype)
         config, experts = self.hf_quantizer.quantization_config, shape[0]
@@ -153,7 +152,7 @@ class PartBias(_Op):
         bias = bias[0] if isinstance(bias, list) else bias
         experts = self.owner.experts.get(full_layer_name.rpartition(".")[0])
         if experts is not None and not experts.is_concatenated:
-            bias = interleaved(bias) if self.inverse else parted(bias)
+            bias = interleave_rows(bias) if self.inverse else part_rows(bias)
         return {name: bias}
 
 

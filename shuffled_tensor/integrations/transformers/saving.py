@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from shuffled_tensor.integrations.transformers.experts import experts_of
+from shuffled_tensor.integrations.transformers.experts import experts_of, is_packed
 from shuffled_tensor.integrations.transformers.packing import stacks_experts
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -27,8 +27,7 @@ BY_EXPERT = {
 
 def saved_config(model: Any) -> dict[str, Any]:
     """The ``quantization_config`` of a model, by which of its experts are packed."""
-    packed = ShuffledMXFP4Tensor
-    plain = [name for name, module in experts_of(model).items() if not isinstance(_first(module), packed)]
+    plain = [name for name, module in experts_of(model).items() if not is_packed(module)]
     if model.config.model_type == "gpt_oss":
         others = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
         return {"quant_method": "mxfp4", "modules_to_not_convert": others + plain}
@@ -45,10 +44,6 @@ def saved_config(model: Any) -> dict[str, Any]:
         # all that is no expert, whatever it is called in the file; and experts that are not packed
         "ignore": [r"re:^(?!.*\.experts(\.|$)).*$", *(rf"re:^{re.escape(name)}(\..*)?$" for name in plain)],
     }
-
-
-def _first(experts: Any) -> Any:
-    return getattr(experts, "gate_up_proj", None)
 
 
 def saved_state(model: Any) -> dict[str, Tensor]:
