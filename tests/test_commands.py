@@ -145,6 +145,17 @@ def test_what_ranks_would_hold(folder: Path, capsys: pytest.CaptureFixture[str])
     ]
 
 
+def test_ranks_of_weights_under_other_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    down = make_weight("w2")
+    save_file({"gate_and_up": make_weight("w13"), "down": down, "one": down[0].clone()}, "named.safetensors")
+    assert main(["inspect", "named.safetensors", "--ranks", "5"]) == 0
+    w13, w2 = (sum(part.nbytes for part in weight_parts(name)) / 5 / 1024 for name in ("w13", "w2"))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "5 ranks by expert: gate_and_up: 4 (expert) cannot be parted into 5 equal parts",
+        f"5 ranks by intermediate: {w13 + w2 * 5 / 4:.1f} KiB each",
+    ]
+
+
 def test_inspect_for_other_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", ".", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ class Finding:
     recorded: bool
     """Whether the file has a checksum to compare with."""
     problems: tuple[str, ...]
+    intermediate: int = 0
+    """Of the layer, that ranks part; 0 where nothing was made out."""
 
 
 def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto", read: bool = False) -> list[Finding]:
@@ -111,6 +114,7 @@ def _finding(format: str, weight: Weight) -> Finding:
         "" if entry is None else entry.checksum,
         entry is not None,
         (),
+        weight.intermediate,
     )
 
 
@@ -181,9 +185,7 @@ def shares(findings: list[Finding], ranks: int) -> str:
         held = [0.0] * ranks
         try:
             for finding in (finding for finding in findings if finding.shape):
-                experts, rows, columns = finding.shape
-                gate_up = finding.name.endswith("w13_weight")
-                size = experts if dim == "expert" else rows // 2 if gate_up else columns
+                size = math.prod(finding.shape[:-2]) if dim == "expert" else finding.intermediate
                 whole = is_shared(finding.name.rpartition(".")[0]) and dim == "expert"
                 for rank in range(ranks):
                     part = size if whole else len(shard_range(size, rank, ranks, dim))
