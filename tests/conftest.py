@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from shuffled_tensor.layouts import LAYOUTS
 
@@ -47,3 +48,13 @@ def made_up_layout(request: pytest.FixtureRequest) -> Iterator[None]:
         if getattr(request.module, "LAYOUTS", None) is test_bytes.LAYOUTS:
             patch.setitem(LAYOUTS, MADE_UP.name, MADE_UP)
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that share small tensors mostly wait for each other, and the last bits of a sum depend on how many they
+    are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -706,15 +706,6 @@ def module_with(weight: ShuffledMXFP4Tensor) -> nn.Module:
     module = nn.Module()
     module.w = nn.Parameter(weight)
     return module
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads that share tensors as small as these mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -136,6 +136,7 @@ def save(model: Any, path: Path, **options: Any) -> Path:
 # --- every family
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family(family: str, tmp_path: Path) -> None:
     """Quantised while it is loaded, and in place; saved, and loaded again."""
