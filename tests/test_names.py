@@ -137,7 +137,7 @@ def unknown(layer: str) -> dict[str, dict[str, Tensor]]:
     return {
         "other projections": {f"{layer}.experts.0.fc1.weight_packed": codes[0], f"{layer}.experts.0.fc1.weight_scale": scales[0]},
         "other parts": {f"{layer}.experts.0.gate_proj.packed": codes[0], f"{layer}.experts.0.gate_proj.exponents": scales[0]},
-        "stacked": {f"{layer}.experts.gate_up_proj.weight": codes, f"{layer}.experts.gate_up_proj.weight_scale": scales},
+        "stacked": {f"{layer}.experts.gate_up_proj.codes": codes, f"{layer}.experts.gate_up_proj.weight_scale": scales},
         "another word": {f"{layer}.routed_experts.0.fc1.weight": codes[0]},
         "gptq": {f"{layer}.experts.0.gate_proj.qweight": codes[0].view(torch.int32), f"{layer}.experts.0.gate_proj.scales": scales[0].half()},
         "fp8": {f"{layer}.experts.0.fc1.weight": codes[0].view(torch.float8_e4m3fn)},

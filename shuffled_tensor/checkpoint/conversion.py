@@ -17,6 +17,7 @@ from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.checkpoint.writer import Pieces, whole_tensor, write_file
 from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout
 from shuffled_tensor.mxfp4 import CODES, PARTS, Part
+from shuffled_tensor.tensor.geometry import RowOrder
 from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["convert"]
@@ -28,6 +29,7 @@ def convert(
     *,
     layout: str = "canonical",
     format: FormatName = "auto",
+    row_order: RowOrder | None = None,
 ) -> None:
     """Write the experts of a checkpoint to a safetensors file with a manifest, which :func:`load_experts` and
     :func:`load_file` trust; all other tensors come along as they are.
@@ -39,7 +41,7 @@ def convert(
         source: a safetensors file or a directory of them, as :func:`load_experts` takes it.
         destination: the file.
         layout: ``"canonical"`` for row-major bytes without padding, or the ``shuffle_kind`` that they shall lie in.
-        format: of the source, as :func:`load_experts` takes it.
+        format, row_order: of the source, as :func:`load_experts` takes them.
 
     Raises:
         FileNotFoundError: there is no source, or no folder for the destination.
@@ -55,7 +57,7 @@ def convert(
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"no such folder to write to: {destination.parent}")
     with Files(source) as files:
-        weights, parts = _plan(files, format, wanted)
+        weights, parts = _plan(files, format, row_order, wanted)
         kept = {key: text for file in files.files() for key, text in files.metadata(file).items()}
 
         def metadata(checksums: dict[str, str]) -> dict[str, str]:
@@ -75,12 +77,14 @@ def convert(
             )
 
 
-def _plan(files: Files, format: FormatName, layout: Layout) -> tuple[dict[str, Weight], dict[str, Pieces]]:
+def _plan(
+    files: Files, format: FormatName, row_order: RowOrder | None, layout: Layout
+) -> tuple[dict[str, Weight], dict[str, Pieces]]:
     """The MXFP4 weights of a checkpoint, and everything that is to be written of it."""
     weights: dict[str, Weight] = {}
     parts: dict[str, Pieces] = {}
     copied = set(files)
-    found = {weight.name: weight for layer in find_layers(files, format=format).values() for weight in layer}
+    found = {weight.name: weight for layer in find_layers(files, "", format, row_order).values() for weight in layer}
     for name, weight in (manifest_weights(files) | found).items():
         copied -= set(weight.names())
         if weight.quantized:

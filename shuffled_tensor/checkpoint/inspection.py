@@ -28,7 +28,7 @@ from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import CODES, SCALES
-from shuffled_tensor.tensor.geometry import ShardDim, shard_range
+from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, shard_range
 from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["Finding", "inspect", "shares", "table"]
@@ -56,12 +56,18 @@ class Finding:
     """Of the layer, that ranks part; 0 where nothing was made out."""
 
 
-def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto", read: bool = False) -> list[Finding]:
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    format: FormatName = "auto",
+    row_order: RowOrder | None = None,
+    read: bool = False,
+) -> list[Finding]:
     """Look at every MXFP4 weight of a checkpoint, layers in the order of their numbers.
 
     Args:
-        path, format: as :func:`load_experts` takes them; weights that a manifest describes are found whatever they are
-            called.
+        path, format, row_order: as :func:`load_experts` takes them; weights that a manifest describes are found
+            whatever they are called.
         read: read them too, expert by expert, and compare them with what the files say of them. Else only headers are
             read, which takes seconds for terabytes.
 
@@ -75,7 +81,7 @@ def inspect(path: str | os.PathLike[str], *, format: FormatName = "auto", read: 
         formats: list[str] = list(formats_in(files)) if format == "auto" else [format]
         if not formats and not weights:
             detect(files)  # says what it looked for
-        grouped = {found: group_layers(files, "", found) for found in formats}
+        grouped = {found: group_layers(files, "", found, row_order) for found in formats}
         together = [layer for layers in grouped.values() for layer in layers.items()]
         for name, problem in unknown_tensors(files, together, "", format).items():
             findings.append(Finding(name, "unknown", (), "", 0, "", "", False, (problem,)))

@@ -19,7 +19,16 @@ from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import CODES, PARTS
-from shuffled_tensor.tensor.geometry import ALIGN, Align, Geometry, ShardDim, aligns_of_layer, check_rank, shard_range
+from shuffled_tensor.tensor.geometry import (
+    ALIGN,
+    Align,
+    Geometry,
+    RowOrder,
+    ShardDim,
+    aligns_of_layer,
+    check_rank,
+    shard_range,
+)
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -43,6 +52,7 @@ def load_experts(
     *,
     prefix: str = "",
     format: FormatName = "auto",
+    row_order: RowOrder | None = None,
     device: torch.device | str = "cpu",
     rank: int | tuple[int, ...] = 0,
     world_size: int | tuple[int, ...] = 1,
@@ -58,6 +68,8 @@ def load_experts(
         prefix: what the names must begin with: ``"model.layers.3."`` reads one layer.
         format: ``"gpt-oss"``, ``"quark"``, ``"compressed-tensors"``, ``"deepseek"``, ``"shuffled_tensor"``, or
             ``"auto"`` to have it read off the names.
+        row_order: of gate and up rows that are in one tensor of a format whose names do not tell, as ``gate_up_proj``
+            of Quark: ``"interleaved"`` (gpt-oss) or ``"contiguous"``.
         device: where new tensors go; on ``"meta"`` they have sizes only, and only headers are read.
         rank, world_size: of how many parts which is wanted; only that part is read. With two ``dim``, one of each:
             ``rank=(1, 0), world_size=(2, 4), dim=("expert", "intermediate")`` is the second half of the experts, and of
@@ -96,7 +108,7 @@ def load_experts(
     start = time.perf_counter()
     with Files(path) as files:
         plan = []
-        for name, layer in find_layers(files, prefix, format).items():
+        for name, layer in find_layers(files, prefix, format, row_order).items():
             cut = _cut(name, layer, ranks)
             targets = _new(layer, cut, device, aligns) if into is None else _parameters(into, name, layer, cut)
             plan.append((name, layer, cut, targets))

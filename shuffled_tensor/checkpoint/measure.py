@@ -42,7 +42,7 @@ def measure(weight: Weight) -> None:
             what = f"{list(weight.entry.shape)} with gate_up={weight.entry.gate_up}"
             raise _wrong(weight, first, f"is {what} by its manifest, not [experts, N, K] with gate_up={weight.gate_up}")
     else:
-        if weight.row_order == "contiguous" and weight.quantized:
+        if weight.own and weight.quantized:
             raise _wrong(weight, first, "is in no manifest, so its layout is unknown")
         rows, columns = _logical(weight, first, shape[len(lead) :])
         logical = (experts, rows * halves, columns)
@@ -50,9 +50,16 @@ def measure(weight: Weight) -> None:
     weight.shape = (logical[0], logical[1], logical[2])
     if weight.gate_up and weight.shape[1] % 2:
         raise _wrong(weight, first, f"has {weight.shape[1]} rows, which are no gate and up")
+    if weight.gate_up and weight.row_order is None:
+        raise _wrong(
+            weight,
+            first,
+            "holds gate and up rows in one tensor, and its name does not tell in which order: say row_order="
+            "'interleaved' (g0, u0, g1, u1, ..., as gpt-oss) or 'contiguous' (all gate rows, then all up rows)",
+        )
     biases = [weight.files.dtype(name) for name in weight.tensors[BIAS].values()]
     one = tuple(biases[:1]) if set(biases[:1]) <= set(PLAIN_DTYPES) else PLAIN_DTYPES
-    keys = [(None, 0)] if stacked else [(expert, half) for expert in range(experts) for half in range(halves)]
+    keys = [(expert, half) for expert in ([None] if stacked else range(experts)) for half in range(halves)]
     _check_part(weight, first, CODES, keys, CODES.dtypes if weight.quantized else (dtype,), expected[CODES])
     if weight.quantized:
         _check_part(weight, first, SCALES, keys, SCALES.dtypes, expected[SCALES])

@@ -16,6 +16,8 @@ from shuffled_tensor.checkpoint.others import recognised
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
+from shuffled_tensor.tensor.checks import check_row_order
+from shuffled_tensor.tensor.geometry import RowOrder
 
 __all__ = [
     "PART_NAMES",
@@ -43,49 +45,46 @@ class Projections(NamedTuple):
     tensors of its own."""
     names: dict[str, tuple[str, int]]
     """What a projection is part of, ``"w13"`` or ``"w2"``, and which half of it."""
-    row_order: str
-    """How the gate and up rows of a w13 come: ``"interleaved"`` or ``"contiguous"`` in one tensor, or ``"apart"`` in
-    two."""
-    formats: tuple[str, ...]
-    """The rows of :data:`PART_NAMES` that it goes with."""
+    apart: bool
+    """Whether gate and up rows come in two tensors."""
 
 
-_BY_EXPERT = r"(?P<prefix>(?:.+\.)?(?:shared_)?experts?)(?:\.(?P<expert>\d{1,9}))?\."
+class Parts(NamedTuple):
+    """A row of :data:`PART_NAMES`."""
+
+    names: dict[str, Part | str]
+    """What follows a projection's name. The first is the format's own name for codes, and codes that are floating point
+    are a plain weight."""
+    row_order: RowOrder | None
+    """Of gate and up rows that are in one tensor; None where it is one in some models and the other in others."""
+
+
+_EXPERT = r"(?P<prefix>(?:.+\.)?(?:shared_)?experts?)(?:\.(?P<expert>\d{1,9}))?\."
 
 PROJECTIONS = (
-    Projections(
-        r"(?P<prefix>(?:.+\.)?experts)\.",
-        {"gate_up_proj": ("w13", 0), "down_proj": ("w2", 0)},
-        "interleaved",
-        ("gpt-oss",),
-    ),
-    Projections(
-        _BY_EXPERT,
-        {"gate_proj": ("w13", 0), "up_proj": ("w13", 1), "down_proj": ("w2", 0)},
-        "apart",
-        ("quark", "compressed-tensors"),
-    ),
-    Projections(
-        _BY_EXPERT,
-        {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)},
-        "apart",
-        ("quark", "compressed-tensors", "deepseek"),
-    ),
-    Projections(r"(?:(?P<prefix>.+)\.)?", {"w13": ("w13", 0), "w2": ("w2", 0)}, "contiguous", ("shuffled_tensor",)),
+    Projections(_EXPERT, {"gate_up_proj": ("w13", 0), "down_proj": ("w2", 0)}, apart=False),
+    Projections(_EXPERT, {"gate_proj": ("w13", 0), "up_proj": ("w13", 1), "down_proj": ("w2", 0)}, apart=True),
+    Projections(_EXPERT, {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}, apart=True),
 )
+"""Each of which goes with each row of :data:`PART_NAMES` but our own."""
+
+_OWN = Projections(r"(?:(?P<prefix>.+)\.)?", {"w13": ("w13", 0), "w2": ("w2", 0)}, apart=False)
 
 FormatName = Literal["auto", "gpt-oss", "quark", "compressed-tensors", "deepseek", "shuffled_tensor"]
 """What a caller may say of a checkpoint: a row of :data:`PART_NAMES`, or to have it read off the names."""
 
-PART_NAMES: dict[str, dict[str, Part | str]] = {
-    # by format; what follows a projection's name. The first is the format's own name for codes, and codes that are
-    # floating point are a plain weight.
-    "gpt-oss": {"_blocks": CODES, "_scales": SCALES, "_bias": BIAS},
-    "quark": {".weight": CODES, ".weight_scale": SCALES, ".bias": BIAS},
-    "compressed-tensors": {".weight_packed": CODES, ".weight": CODES, ".weight_scale": SCALES, ".bias": BIAS},
-    "deepseek": {".weight": CODES, ".scale": SCALES},
-    "shuffled_tensor": {"_weight.qdata": CODES, "_weight": CODES, "_weight.scale": SCALES, "_bias": BIAS},
+PART_NAMES = {
+    "gpt-oss": Parts({"_blocks": CODES, "_scales": SCALES, "_bias": BIAS}, "interleaved"),
+    "quark": Parts({".weight": CODES, ".weight_scale": SCALES, ".bias": BIAS}, None),
+    "compressed-tensors": Parts(
+        {".weight_packed": CODES, ".weight": CODES, ".weight_scale": SCALES, ".bias": BIAS}, None
+    ),
+    "deepseek": Parts({".weight": CODES, ".scale": SCALES}, None),
+    "shuffled_tensor": Parts(
+        {"_weight.qdata": CODES, "_weight": CODES, "_weight.scale": SCALES, "_bias": BIAS}, "contiguous"
+    ),
 }
+"""By format."""
 
 
 _EXPERTS = re.compile(r"(?P<layer>(?:.+\.)?\w*experts?)\.")
@@ -100,33 +99,34 @@ class _Name(NamedTuple):
     half: int
     part: Part | str
     expert: int | None
-    """None where one tensor holds them all."""
-    row_order: str
+    """None where one tensor holds them all; 0 of a shared one, which has no number."""
+    row_order: RowOrder | Literal["apart"] | None
     own: bool
     """Whether the format alone calls codes so."""
 
 
 def _parse(name: str, format: str) -> _Name | None:
+    parts, row_order = PART_NAMES[format]
     for pattern, row in _patterns(format):
         match = pattern.fullmatch(name)
         if match is not None:
-            expert = int(match["expert"] or 0) if "expert" in pattern.groupindex else None
+            layer = match["prefix"] or ""
+            number = None if row is _OWN else "0" if is_shared(layer) else match["expert"]
+            expert = None if number is None else int(number)
             which, half = row.names[match["projection"]]
-            parts = PART_NAMES[format]
-            part, own = parts[match["part"]], match["part"] == next(iter(parts))
-            return _Name(match["prefix"] or "", which, half, part, expert, row.row_order, own)
+            order = "apart" if row.apart else row_order
+            return _Name(layer, which, half, parts[match["part"]], expert, order, match["part"] == next(iter(parts)))
     return None
 
 
 @cache
 def _patterns(format: str) -> list[tuple[re.Pattern[str], Projections]]:
     """Of the names in a format, each with its row of projections."""
-    parts = "|".join(map(re.escape, PART_NAMES[format]))
-    rows = [row for row in PROJECTIONS if format in row.formats]
-    projections = ["|".join(map(re.escape, row.names)) for row in rows]
+    parts = "|".join(map(re.escape, PART_NAMES[format].names))
+    rows = (_OWN,) if format == "shuffled_tensor" else PROJECTIONS
     return [
-        (re.compile(f"{row.before}(?P<projection>{names})(?P<part>{parts})"), row)
-        for row, names in zip(rows, projections, strict=True)
+        (re.compile(f"{row.before}(?P<projection>{'|'.join(map(re.escape, row.names))})(?P<part>{parts})"), row)
+        for row in rows
     ]
 
 
@@ -172,15 +172,17 @@ def manifest_weights(files: Files) -> dict[str, Weight]:
     return found
 
 
-def find_layers(files: Files, prefix: str = "", format: FormatName = "auto") -> dict[str, Layer]:
+def find_layers(
+    files: Files, prefix: str = "", format: FormatName = "auto", row_order: RowOrder | None = None
+) -> dict[str, Layer]:
     """The expert layers whose names begin with ``prefix``, by what their names have in common.
 
     Raises:
         CheckpointError: no tensor, or tensors of two formats, are named as MXFP4 experts; a part is missing, doubled,
-            or has another shape or dtype than the rest.
-        ValueError: an unknown format.
+            or has another shape or dtype than the rest; gate and up rows are in one tensor, and nobody says how.
+        ValueError: an unknown format or row order, or one that is not the format's.
     """
-    layers = group_layers(files, prefix, format)
+    layers = group_layers(files, prefix, format, row_order)
     for problem in unknown_tensors(files, layers.items(), prefix, format).values():
         raise CheckpointError(problem)
     return {layer: check_layer(layer, weights) for layer, weights in layers.items()}
@@ -200,7 +202,7 @@ def unknown_tensors(
     described = {name for file in files.files() for name in manifest.parse(files.metadata(file), file)}
     read |= {f"{name}.{part}" for name in described for part in PARTS}
     # beside our own weights, which are parameters of a module, there may be other buffers of it
-    own = {layer for layer, weights in layers if any(weight.row_order == "contiguous" for weight in weights.values())}
+    own = {layer for layer, weights in layers if any(weight.own for weight in weights.values())}
     own |= {match["layer"] for match in map(_EXPERTS.match, described) if match is not None}
     companions = [(layer, re.compile(re.escape(f"{layer}.".lstrip(".")) + r"w(13|2)_")) for layer in own]
     theirs = {layer for layer, _ in layers} - own
@@ -239,14 +241,20 @@ def _unknown(files: Files, layer: str, names: list[str]) -> str:
     )
 
 
-def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, Weight]]:
+def group_layers(
+    files: Files, prefix: str, format: str, row_order: RowOrder | None = None
+) -> dict[str, dict[str, Weight]]:
     """The tensors named as expert weights, by layer and by ``"w13"`` and ``"w2"``; whether they fit is not looked at.
 
     Raises:
         CheckpointError: no tensor, or tensors of two formats, are named as MXFP4 experts; a part is doubled.
-        ValueError: an unknown format.
+        ValueError: an unknown format or row order, or one that is not the format's.
     """
     format = detect(files, prefix) if format == "auto" else _known(format)
+    if row_order is not None:
+        check_row_order(True, row_order, rows=0)
+        if PART_NAMES[format].row_order not in (None, row_order):
+            raise ValueError(f"rows of format {format!r} are {PART_NAMES[format].row_order}, not {row_order}")
     entries = {file: manifest.parse(files.metadata(file), file) for file in files.files()}
     found: dict[str, dict[str, Weight]] = defaultdict(dict)
     for name in (name for name in files if name.startswith(prefix)):
@@ -256,7 +264,7 @@ def group_layers(files: Files, prefix: str, format: str) -> dict[str, dict[str, 
         weights = found[said.layer]
         if said.which not in weights:
             base = f"{said.layer}.{said.which}_weight".lstrip(".")
-            weights[said.which] = Weight(files, base, said.which == "w13", said.row_order)
+            weights[said.which] = Weight(files, base, said.which == "w13", said.row_order or row_order)
         weight, key = weights[said.which], (said.expert, said.half)
         named = weight.tensors[said.part]
         if key in named:
@@ -308,7 +316,7 @@ def formats_in(files: Files, prefix: str = "") -> dict[str, str]:
     names = [name for name in files if name.startswith(prefix)]
     examples: dict[str, str] = {}
     beside: dict[str, str] = {}
-    for format, parts in PART_NAMES.items():
+    for format, (parts, _) in PART_NAMES.items():
         codes = next(iter(parts))
         scales = next(suffix for suffix, part in parts.items() if part is SCALES)
         for name in names:

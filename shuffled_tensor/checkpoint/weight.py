@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.source import Files
 from shuffled_tensor.layouts import ROW_MAJOR
-from shuffled_tensor.mxfp4 import PARTS, Part
-from shuffled_tensor.tensor.geometry import slice_of
+from shuffled_tensor.mxfp4 import CODES, PARTS, Part
+from shuffled_tensor.tensor.geometry import RowOrder, slice_of
 from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["BIAS", "Weight"]
@@ -33,7 +34,8 @@ class Weight:
     files: Files
     name: str
     gate_up: bool
-    row_order: str
+    row_order: RowOrder | Literal["apart"] | None
+    """Of gate and up rows: in one tensor, or apart in two; None where nobody has said."""
     tensors: dict[Part | str, dict[tuple[int | None, int], str]] = field(default_factory=lambda: defaultdict(dict))
     """Names, by part, and by expert (None: one tensor holds them all) and half."""
     shape: tuple[int, int, int] = (0, 0, 0)
@@ -47,6 +49,11 @@ class Weight:
     @property
     def intermediate(self) -> int:
         return self.shape[1] // 2 if self.gate_up else self.shape[2]
+
+    @property
+    def own(self) -> bool:
+        """Whether its tensors are called as in our own files."""
+        return any(name.removesuffix(".qdata") == self.name for name in self.tensors[CODES].values())
 
     def names(self) -> Iterator[str]:
         """Of all its tensors."""
