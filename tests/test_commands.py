@@ -98,9 +98,9 @@ def test_problems(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """\
 tensor                                 format           shape      layout     size       scales     checksum      problems
 model.layers.0.mlp.experts.w13_weight  shuffled_tensor  4x320x544  canonical  361.2 KiB  2^-7..2^0  c2fe5135997e  none
-model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  180.6 KiB  2^-7..2^0  0eb0d3687249  damaged: the manifest says checksum 455994b40b8e
+model.layers.0.mlp.experts.w2_weight   shuffled_tensor  4x544x160  canonical  180.6 KiB  2^-7..2^0  0eb0d3687249  damaged in experts 0: it was written with checksum 455994b40b8e
 weights: 2, layers: 1, size: 541.9 KiB
-model.layers.0.mlp.experts.w2_weight: damaged: the manifest says checksum 455994b40b8e
+model.layers.0.mlp.experts.w2_weight: damaged in experts 0: it was written with checksum 455994b40b8e
 2 weights read, 2 compared with a checksum, 1 with problems
 tensor                           format    shape      layout     size       scales     checksum      problems
 layers.0.ffn.experts.w13_weight  deepseek  4x320x544  canonical  361.2 KiB  2^-7..2^0  172902432679  1 scales are NaN (255)

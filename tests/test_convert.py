@@ -20,7 +20,8 @@ from safetensors.torch import save_file as save_plain
 from torch import Tensor
 
 from shuffled_tensor import CheckpointError, convert, load_experts, load_file, save_file
-from shuffled_tensor.checkpoint import conversion, writer
+from shuffled_tensor.checkpoint import writer
+from shuffled_tensor.checkpoint.shards import Shard
 from shuffled_tensor.checkpoint.source import Files, memory_of
 
 from .support.bytes import coded, moderate_scales
@@ -177,7 +178,7 @@ def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with open(partial, "r+b") as file:
         partial.rename(tmp_path / "late.safetensors")
         with pytest.raises(BlockingIOError, match="or just has"):
-            writer._lock(file, partial)
+            writer.lock(file, partial)
 
 
 def test_another_source_of_the_same_shapes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +189,9 @@ def test_another_source_of_the_same_shapes(source: Path, tmp_path: Path, monkeyp
     save_plain(quark() | {name: torch.zeros(2)}, other)
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr(conversion, "_compared", lambda weights, parts, partial: dict.fromkeys(weights, "0" * 64))
+        patch.setattr(
+            Shard, "_compare", lambda shard, *_: {name: entry.checksums for name, entry in shard.entries.items()}
+        )
         with pytest.raises(KeyboardInterrupt):
             convert(source, destination)
     with pytest.raises(CheckpointError, match=f"{name} was damaged while it was written"):
@@ -220,7 +223,7 @@ def test_what_is_refused_leaves_nothing(source: Path, tmp_path: Path) -> None:
         {f"{LAYER}.experts.{which}_weight": make_weight(which) for which in ("w13", "w2")}, both / "own.safetensors"
     )
     with pytest.raises(CheckpointError, match=r"w13_weight\.qdata in .*own.* is called what an expert weight would be"):
-        convert(both, destination, format="quark")
+        convert(both, destination, format="quark", single_file=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "clash.safetensors", "source.safetensors"]
 
 
@@ -373,7 +376,7 @@ def test_killed_inside_every_piece(layout: str, source: Path, tmp_path: Path, mo
     partial = tmp_path / "converted.safetensors.partial"
     convert(source, whole, layout=layout)
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_compared", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Shard, "_compare", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(source, destination, layout=layout)
     begun = partial.read_bytes()

@@ -400,7 +400,7 @@ LYING_MANIFESTS: dict[str, tuple[Edit, str | tuple[str, str]]] = {
     "row-major in padded sizes": (says(kind="none"), f"the manifest of PATH says something impossible of {NAME}.w13_weight: padded sizes [512, 128] for layout 'none', which has None"),
     "other sizes": (says(shape=[2, 512, 64]), (f"{NAME}.w13_bias in PATH has shape [2, 128], not [2, 512]", f"{NAME}.w13_weight in PATH is damaged: its values have checksum 104a750d7997..., the manifest says 7b5d33f5c1cb...")),
     "other sizes, the same padded": (says(shape=[2, 120, 64]), (f"{NAME}.w13_bias in PATH has shape [2, 128], not [2, 120]", f"{NAME}.w13_weight in PATH is damaged: its values have checksum ce4b998b253a..., the manifest says 7b5d33f5c1cb...")),
-    "one expert more": (says(shape=[3, 128, 64]), f"{NAME}.w13_weight.qdata in PATH has shape [2, 512, 128], not [3, 512, 128]"),
+    "one expert more": (says(shape=[3, 128, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: 2 experts' checksums for shape [3, 128, 64]"),
     "no sizes": (says(shape=[]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape []"),
     "sizes that are none": (says(shape=["2", 128, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape ['2', 128, 64]"),
     "no rows": (says(shape=[2, 0, 64]), f"the manifest of PATH says something impossible of {NAME}.w13_weight: shape [2, 0, 64]"),
@@ -559,7 +559,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "no tensor of PATH that begins with 'model.layers.4.' is named as MXFP4 experts are in 'gpt-oss', 'quark', "
         "'compressed-tensors', 'deepseek', 'shuffled_tensor'",
     ),
-    "format": ({"format": "deepseek"}, "no tensor of PATH is named as in format 'deepseek'"),
+    "format": ({"format": "gpt-oss"}, "no tensor of PATH is named as in format 'gpt-oss'"),
 }
 
 

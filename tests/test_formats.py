@@ -588,7 +588,7 @@ class Terminal(io.StringIO):
 def test_progress_where_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = store(in_format("quark", make_dense(2, 64, 64), layer_name("quark")), tmp_path, "file")
     for run, said in (
-        (lambda: load_experts(path), r"loading experts: 100%.* 2/2 .*weight(/s)?\]"),
+        (lambda: load_experts(path), r"loading experts: 100%.* 2/2 .*weights(/s)?\]"),
         (lambda: inspect(path, read=True), r"reading experts: 100%.* 4/4 "),
         (lambda: convert(path, tmp_path / "new.safetensors"), r"writing new\.safetensors: 100%.*k/\d+\.?\d*k "),
     ):

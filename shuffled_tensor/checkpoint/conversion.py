@@ -3,24 +3,30 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from shuffled_tensor.checkpoint import manifest
 from shuffled_tensor.checkpoint.names import FormatName, find_layers, manifest_weights
-from shuffled_tensor.checkpoint.source import CheckpointError, Files
-from shuffled_tensor.checkpoint.weight import BIAS, Weight
-from shuffled_tensor.checkpoint.writer import Pieces, whole_tensor, write_file
+from shuffled_tensor.checkpoint.progress import progress
+from shuffled_tensor.checkpoint.shards import Shard, as_they_are, under_our_names
+from shuffled_tensor.checkpoint.source import INDEX, CheckpointError, Files
+from shuffled_tensor.checkpoint.weight import Weight
+from shuffled_tensor.checkpoint.writer import lock, own_file
 from shuffled_tensor.layouts import ROW_MAJOR, Layout, find_layout
-from shuffled_tensor.mxfp4 import CODES, PARTS, Part
+from shuffled_tensor.mxfp4 import PARTS
 from shuffled_tensor.tensor.geometry import RowOrder
-from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["convert"]
+
+_log = logging.getLogger("shuffled_tensor")
 
 
 def convert(
@@ -30,125 +36,151 @@ def convert(
     layout: str = "canonical",
     format: FormatName = "auto",
     row_order: RowOrder | None = None,
+    single_file: bool = False,
 ) -> None:
-    """Write the experts of a checkpoint to a safetensors file with a manifest, which :func:`load_experts` and
-    :func:`load_file` trust; all other tensors come along as they are.
+    """Write a checkpoint again, its experts with checksums that :func:`load_experts` compares, and in the layout that
+    is wanted; all else comes along as it is.
+
+    A directory becomes a directory of as many shards, with an index where there was one, and with the files beside them
+    (configuration, tokenizer). Row-major experts keep their names and bytes there, for whatever read the source, and
+    their checksums are in ``shuffled_tensor.json`` beside. A file becomes a file, and so does a directory with
+    ``single_file``; in it, and in any other layout, experts are called as :func:`save_file` calls them, with a manifest
+    in the header.
 
     One expert at a time is in memory. Until everything is written, and was read back and compared, it lies under
     ``destination + ".partial"``; a run that was killed is gone on with by another one like it.
 
     Args:
         source: a safetensors file or a directory of them, as :func:`load_experts` takes it.
-        destination: the file.
+        destination: the file or directory.
         layout: ``"canonical"`` for row-major bytes without padding, or the ``shuffle_kind`` that they shall lie in.
         format, row_order: of the source, as :func:`load_experts` takes them.
+        single_file: write one file, whatever the source is.
 
     Raises:
         FileNotFoundError: there is no source, or no folder for the destination.
         FileExistsError: the destination exists.
         CheckpointError: the source is damaged, or what was written is not what was read; nothing is left of it then.
-        ValueError: an unknown layout or format.
+        ValueError: an unknown layout, format or row order; a directory that would get a file's name.
         OSError: the destination cannot be written; another run goes on from there.
     """
     wanted = ROW_MAJOR if layout == "canonical" else find_layout(layout)
-    destination = Path(destination)
+    destination, begun = Path(destination), time.perf_counter()
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it, or give another name")
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"no such folder to write to: {destination.parent}")
     with Files(source) as files:
-        weights, parts = _plan(files, format, row_order, wanted)
-        kept = {key: text for file in files.files() for key, text in files.metadata(file).items()}
-
-        def metadata(checksums: dict[str, str]) -> dict[str, str]:
-            entries = {name: _entry(weight, wanted, checksums[name]) for name, weight in weights.items()}
-            return {"format": "pt", **kept, **manifest.dump(entries)}
-
-        begun = metadata(dict.fromkeys(weights, manifest.NO_CHECKSUM))
-        total = sum(part.nbytes for part in parts.values())
-        with tqdm(total=total, desc=f"writing {destination.name}", unit="B", unit_scale=True, disable=None) as progress:
-            write_file(
-                destination,
-                parts,
-                begun,
-                resume=True,
-                progress=progress.update,
-                finish=lambda partial: metadata(_compared(weights, parts, partial)),
-            )
-
-
-def _plan(
-    files: Files, format: FormatName, row_order: RowOrder | None, layout: Layout
-) -> tuple[dict[str, Weight], dict[str, Pieces]]:
-    """The MXFP4 weights of a checkpoint, and everything that is to be written of it."""
-    weights: dict[str, Weight] = {}
-    parts: dict[str, Pieces] = {}
-    copied = set(files)
-    found = {weight.name: weight for layer in find_layers(files, "", format, row_order).values() for weight in layer}
-    for name, weight in (manifest_weights(files) | found).items():
-        copied -= set(weight.names())
-        if weight.quantized:
-            weights[name] = weight
-            parts |= {f"{name}.{part}": _packed(weight, part, layout) for part in PARTS}
+        found = (weight for layer in find_layers(files, "", format, row_order).values() for weight in layer)
+        weights = manifest_weights(files) | {weight.name: weight for weight in found}
+        if single_file or not files.path.is_dir():
+            shards = under_our_names(files, weights.values(), wanted, lambda name: destination.name)
+            with _bars(destination, shards) as (written, compared):
+                shards[destination.name].write(destination, written, compared)
+        elif destination.suffix == ".safetensors":
+            raise ValueError(f"a directory becomes a directory, and {destination} is a file's name; see single_file")
         else:
-            parts[name] = _plain(weight, CODES, weight.shape, weight.dtype)
-        if weight.tensors[BIAS]:
-            dtype = files.dtype(next(iter(weight.tensors[BIAS].values())))
-            parts[f"{name.removesuffix('weight')}bias"] = _plain(weight, BIAS, weight.shape[:2], dtype)
-    for name in sorted(copied):
-        if name in parts:
-            raise CheckpointError(f"{name} in {files.file(name)} is called what an expert weight would be written as")
-        parts[name] = whole_tensor(files, name)
-    return weights, parts
+            _to_directory(files, weights, wanted, destination)
+        _log.info(
+            "wrote %d weights, %.2f GiB with all else, to %s in %.1f s",
+            len(weights),
+            sum(files.stored(name)[2] for name in files) / 2**30,
+            destination,
+            time.perf_counter() - begun,
+        )
 
 
-def _compared(weights: dict[str, Weight], parts: dict[str, Pieces], partial: Path) -> dict[str, str]:
-    """The checksums of the weights as they were written, which are those of what was read.
+_Told = Callable[[int], object]
 
-    Raises:
-        CheckpointError: they are not, or another tensor has changed.
-    """
-    packed = {f"{name}.{part}" for name in weights for part in PARTS}
-    with Files(partial) as written:
-        checksums = {name: weight.checksum() for name, weight in manifest_weights(written).items()}
+_BEGUN = ".begun"
+"""Beside the shards of a conversion that is under way: what it is made of."""
+
+_OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
+
+
+@contextmanager
+def _bars(destination: Path, shards: Mapping[str, Shard]) -> Iterator[tuple[_Told, _Told]]:
+    total = sum(shard.nbytes for shard in shards.values())
+    with (
+        progress(f"writing {destination.name}", total, "B") as written,
+        progress(f"comparing {destination.name}", total, "B", position=1) as compared,
+    ):
+        yield written, compared
+
+
+def _to_directory(files: Files, weights: dict[str, Weight], layout: Layout, destination: Path) -> None:
+    row_major = all(weight.entry is None or weight.entry.layout is ROW_MAJOR for weight in weights.values())
+    kept = layout is ROW_MAJOR and row_major
+    if kept:
+        shards = as_they_are(files, weights.values())
+    else:
+        shards = under_our_names(files, weights.values(), layout, lambda name: files.file(name).name)
+    partial = destination.with_name(f"{destination.name}.partial")
+    if not partial.is_dir() or partial.is_symlink():
+        partial.mkdir()
+    with open(own_file(partial / _BEGUN), "r+b") as begun, _bars(destination, shards) as (written, compared):
+        lock(begun, partial / _BEGUN)
+        source = _fingerprint(files, weights, layout)
+        if begun.read() != source:  # what is there is of another source, or for another layout
+            for path in partial.iterdir():
+                if path.name != _BEGUN:
+                    path.unlink()
+            begun.seek(0)
+            begun.truncate()
+            begun.write(source)
+            begun.flush()
+        try:
+            for name, shard in shards.items():
+                if (partial / name).exists():
+                    written(shard.nbytes)
+                    compared(sum(part.nbytes for key, part in shard.parts.items() if key not in shard.compared_later))
+                else:
+                    shard.write(partial / name, written, compared)
+            _copy_what_is_beside(files, partial, but="" if kept else f"*{INDEX}")
+            if kept:
+                _write_beside(weights, partial, compared)
+            elif len(shards) > 1:
+                _write_index(shards, partial / f"model{INDEX}")
+        except CheckpointError:
+            shutil.rmtree(partial)
+            raise
+        (partial / _BEGUN).unlink()
+        os.replace(partial, destination)
+
+
+def _fingerprint(files: Files, weights: dict[str, Weight], layout: Layout) -> bytes:
+    """Of what a conversion is made of: another run goes on with what is there where it is the same."""
+    of = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files.files()]
+    found = [(weight.name, weight.row_order, weight.shape) for weight in weights.values()]
+    return json.dumps([layout.name, of, found]).encode()
+
+
+def _copy_what_is_beside(files: Files, partial: Path, but: str) -> None:
+    """Configuration, tokenizer and the like."""
+    for path in files.path.iterdir():
+        weights = path.suffix in _OTHER_WEIGHTS or path.name == manifest.BESIDE or path.match(but)
+        if path.is_file() and not weights and not path.name.startswith("."):
+            shutil.copyfile(path, partial / path.name)
+
+
+def _write_beside(weights: dict[str, Weight], partial: Path, compared: _Told) -> None:
+    """The checksums of experts that kept their names, after a look whether they are what was read."""
+    told = {}
+    with Files(partial) as files:
         for name, weight in weights.items():
-            if checksums[name] != (weight.checksum() if weight.entry is None else weight.entry.checksum):
+            # the same tensors, elsewhere: they lie as in the source
+            found = replace(weight, files=files).checksums()
+            if found.whole != (weight.recorded or weight.checksums()).whole:
                 raise CheckpointError(
-                    f"{name} of {weight.files.path} is damaged, or was while it was written, or {partial} was begun "
-                    "from another source; try again"
+                    f"{name} of {weight.files.path} is damaged, or was while it was written; try again"
                 )
-        for name, part in parts.items():
-            if name not in packed and _checksum(part) != _checksum(whole_tensor(written, name)):
-                raise CheckpointError(f"{name} was damaged while it was written to {partial}")
-    return checksums
+            told[name] = manifest.Beside(found, weight.told_order)
+            compared(sum(files.stored(tensor)[2] for part in PARTS for tensor in weight.tensors[part].values()))
+    (partial / manifest.BESIDE).write_text(manifest.dump_beside(told), encoding="utf-8")
 
 
-def _packed(weight: Weight, part: Part, layout: Layout) -> Pieces:
-    """Codes or scales of a weight, to be written in a layout."""
-    span = range(weight.intermediate)
-    entry = _entry(weight, layout, manifest.NO_CHECKSUM)
-
-    def read(expert: int) -> Tensor:
-        data = weight.read(part, expert, span).unsqueeze(0)
-        if layout is ROW_MAJOR:
-            return data
-        return layout.order(part, weight.gate_up).shuffle(entry.geometry.pad(part, data))
-
-    return Pieces.of(torch.uint8, entry.stored_shape(part), weight.shape[0], read)
-
-
-def _entry(weight: Weight, layout: Layout, checksum: str) -> manifest.Entry:
-    """What the manifest will say of a weight; the layout that it was made for stays, and so does how it is padded."""
-    if weight.entry is not None:
-        return weight.entry._replace(layout=layout, checksum=checksum)
-    return manifest.Entry(layout, weight.gate_up, weight.shape, weight.dtype, None, checksum)
-
-
-def _plain(weight: Weight, part: Part | str, shape: tuple[int, ...], dtype: torch.dtype) -> Pieces:
-    """Values that are not quantised, to be written for all experts together."""
-    span = range(weight.intermediate)
-    return Pieces.of(dtype, shape, shape[0], lambda expert: weight.read(part, expert, span))
-
-
-def _checksum(part: Pieces) -> str:
-    return checksum(part.shape, map(part.read, range(part.pieces)))
+def _write_index(shards: dict[str, Shard], index: Path) -> None:
+    where = {part: name for name, shard in shards.items() for part in shard.parts}
+    total = sum(shard.nbytes for shard in shards.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2)
+    index.write_text(text, encoding="utf-8")

@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from shuffled_tensor.checkpoint.names import (
     FormatName,
@@ -24,12 +23,12 @@ from shuffled_tensor.checkpoint.names import (
     manifest_weights,
     unknown_tensors,
 )
+from shuffled_tensor.checkpoint.progress import progress
 from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.layouts import ROW_MAJOR
-from shuffled_tensor.mxfp4 import CODES, SCALES
+from shuffled_tensor.tensor.checksums import checksums
 from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, shard_range
-from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["Finding", "inspect", "shares", "table"]
 
@@ -97,8 +96,8 @@ def inspect(
             findings += [_finding(format, weight) for format, weight in weights.values()]
         else:
             total = sum(weight.shape[0] for _, weight in weights.values())
-            with tqdm(total=total, desc="reading experts", disable=None) as progress:
-                findings += [_read(format, weight, progress) for format, weight in weights.values()]
+            with progress("reading experts", total, "experts") as done:
+                findings += [_read(format, weight, done) for format, weight in weights.values()]
         return sorted(findings, key=lambda finding: _in_order(finding.name.rpartition(".")[0]))
 
 
@@ -117,35 +116,36 @@ def _finding(format: str, weight: Weight) -> Finding:
         _layout(weight),
         sum(weight.files.stored(name)[2] for name in weight.names()),
         "",
-        "" if entry is None else entry.checksum,
-        entry is not None,
+        "" if weight.recorded is None else weight.recorded.whole,
+        weight.recorded is not None,
         (),
         weight.intermediate,
     )
 
 
-def _read(format: str, weight: Weight, progress: tqdm[None]) -> Finding:
+def _read(format: str, weight: Weight, done: Callable[[int], object]) -> Finding:
     counts = torch.zeros(256, dtype=torch.int64, device="cpu")  # of scale bytes
-    span = range(weight.intermediate)
 
-    def parts() -> Iterator[Tensor]:
+    def experts() -> Iterator[list[Tensor]]:
         for expert in range(weight.shape[0]):
-            yield weight.read(CODES, expert, span)
+            parts = weight.expert(expert)
             if weight.quantized:
-                scale = weight.read(SCALES, expert, span)
-                counts.add_(torch.bincount(scale.flatten(), minlength=256))
-                yield scale
-            progress.update()
+                counts.add_(torch.bincount(parts[1].flatten(), minlength=256))
+            yield parts
+            done(1)
 
-    found = checksum(weight.shape, parts())
+    found, said = checksums(weight.shape, experts()), weight.recorded
     exponents = (counts[:255].nonzero().flatten() - 127).tolist()
-    entry, problems = weight.entry, []
+    problems = []
     if counts[255]:
         problems.append(f"{counts[255]} scales are NaN (255)")
-    if entry is not None and entry.checksum != found:
-        problems.append(f"damaged: the manifest says checksum {entry.checksum[:12]}")
+    if said is not None and (said.whole != found.whole or said.experts not in (None, found.experts)):
+        pairs = enumerate(zip(said.experts or (), found.experts or (), strict=False))
+        damaged = ", ".join(str(expert) for expert, (noted, own) in pairs if noted != own)
+        which = f" in experts {damaged}" if damaged else ""
+        problems.append(f"damaged{which}: it was written with checksum {said.whole[:12]}")
     scales = f"2^{exponents[0]}..2^{exponents[-1]}" if exponents else ""
-    return replace(_finding(format, weight), scales=scales, checksum=found, problems=tuple(problems))
+    return replace(_finding(format, weight), scales=scales, checksum=found.whole, problems=tuple(problems))
 
 
 def _layout(weight: Weight) -> str:

@@ -6,19 +6,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shuffled_tensor.checkpoint.names import FormatName, Layer, find_layers, is_shared, manifest_weights
-from shuffled_tensor.checkpoint.source import CheckpointError, Files
+from shuffled_tensor.checkpoint.progress import progress
+from shuffled_tensor.checkpoint.source import Files
 from shuffled_tensor.checkpoint.weight import BIAS, Weight
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import CODES, PARTS
+from shuffled_tensor.tensor.checksums import checksum
 from shuffled_tensor.tensor.geometry import (
     ALIGN,
     Align,
@@ -89,8 +90,8 @@ def load_experts(
         The layers by name (``"model.layers.3.mlp.experts"``): w13 ``[E, 2I, K]``, gate rows first, and w2 ``[E, K,
         I]``, either a :class:`ShuffledMXFP4Tensor` or, where the checkpoint does not quantise it, plain and in its
         dtype; biases ``[E, 2I]`` and ``[E, K]`` in theirs, or None. Shared experts in any other quantisation are left
-        out, with a warning in the log. A weight with a checksum has been checked against it, if this rank reads it
-        whole.
+        out, with a warning in the log. Weights with checksums have been compared with them, also where a rank reads
+        some experts, if all of each.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -114,9 +115,9 @@ def load_experts(
             plan.append((name, layer, cut, targets))
         if into is not None:  # before any of them changes
             for _, layer, cut, _ in plan:
-                for weight in layer if cut.whole else ():
-                    _verify(weight, weight.checksum)
-        with tqdm(total=2 * len(plan), desc="loading experts", unit="weight", disable=None) as progress:
+                for weight in layer:
+                    _verify(weight, cut)
+        with progress("loading experts", 2 * len(plan), "weights") as done:
             for _, layer, cut, targets in plan:
                 for weight, tensor, bias in zip(layer, targets[:2], targets[2:], strict=True):
                     if tensor.is_meta:
@@ -127,9 +128,9 @@ def load_experts(
                         with torch.inference_mode(bias.is_inference()), torch.no_grad():
                             for place, expert in enumerate(cut.experts):
                                 bias[place] = 0 if others else weight.read(BIAS, expert, cut.span)
-                    if into is None and cut.whole and isinstance(tensor, ShuffledMXFP4Tensor):
-                        _verify(weight, tensor.logical_checksum)
-                    progress.update()
+                    if into is None and cut.whole:
+                        weight.check_whole(partial(_checksum, weight, tensor))
+                    done(1)
     loaded = {name: targets for name, _, _, targets in plan}
     _log.info(
         "loaded the experts of %d layers, %.2f GiB, from %s in %.2f s",
@@ -147,6 +148,10 @@ class _Cut(NamedTuple):
     experts: range
     span: range
     whole: bool
+
+    def is_some_experts(self, weight: Weight) -> bool:
+        """Whether it is some experts, and all of each."""
+        return not self.whole and len(self.span) == weight.intermediate
 
 
 _Ranks = dict[ShardDim, tuple[int, int]]
@@ -258,7 +263,10 @@ def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
     if not isinstance(tensor, ShuffledMXFP4Tensor):
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             for place, expert in enumerate(cut.experts):
-                tensor[place].copy_(weight.read(CODES, expert, cut.span))
+                values = weight.read(CODES, expert, cut.span)
+                if cut.is_some_experts(weight):
+                    weight.check(expert, [values])
+                tensor[place].copy_(values)
         return
     storage, experts = tensor._storage, tensor._window.experts
     with tensor.writing():
@@ -267,8 +275,10 @@ def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
             _read_into(weight, cut, storage, experts)
             return
         for own, expert in zip(experts, cut.experts, strict=True):
-            codes, scale = (weight.read(part, expert, cut.span).unsqueeze(0) for part in PARTS)
-            storage.write(tensor._window._replace(experts=range(own, own + 1)), codes, scale)
+            codes, scale = (weight.read(part, expert, cut.span) for part in PARTS)
+            if cut.is_some_experts(weight):
+                weight.check(expert, (codes, scale))
+            storage.write(tensor._window._replace(experts=range(own, own + 1)), codes[None], scale[None])
 
 
 def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range) -> None:
@@ -277,23 +287,29 @@ def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range
 
     def read(own: int, expert: int) -> None:
         with torch.inference_mode(storage.qdata.is_inference()), torch.no_grad():
-            for part, data in zip(PARTS, storage.select(range(own, own + 1)), strict=True):
-                weight.read_into(storage.geometry.halves_of(part, data)[0], part, expert, cut.span)
+            parts = zip(PARTS, storage.select(range(own, own + 1)), strict=True)
+            rows = [storage.geometry.halves_of(part, data)[0] for part, data in parts]
+            for part, out in zip(PARTS, rows, strict=True):
+                weight.read_into(out, part, expert, cut.span)
+            if cut.is_some_experts(weight):
+                weight.check(expert, rows)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(read, experts, cut.experts):
             pass
 
 
-def _verify(weight: Weight, checksum: Callable[[], str]) -> None:
-    """Raise CheckpointError where values do not have the checksum that the manifest says."""
-    if weight.entry is not None:
-        found = checksum()
-        if found != weight.entry.checksum:
-            raise CheckpointError(
-                f"{weight.name} in {weight.files.path} is damaged: its values have checksum {found[:12]}..., the "
-                f"manifest says {weight.entry.checksum[:12]}..."
-            )
+def _verify(weight: Weight, cut: _Cut) -> None:
+    """Raise CheckpointError where the values of a part do not have the checksums that were noted of them."""
+    if cut.whole:
+        weight.check_whole(lambda: weight.checksums().whole)
+    elif cut.is_some_experts(weight):
+        for expert in cut.experts:
+            weight.check(expert, weight.expert(expert))
+
+
+def _checksum(weight: Weight, tensor: Tensor) -> str:
+    return tensor.logical_checksum() if isinstance(tensor, ShuffledMXFP4Tensor) else checksum(weight.shape, tensor)
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -323,7 +339,7 @@ def load_file(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
             assert isinstance(tensor, ShuffledMXFP4Tensor)
             if not tensor.is_meta:
                 _write(weight, _Cut(experts, intermediate, True), tensor)
-                _verify(weight, tensor.logical_checksum)
+                weight.check_whole(tensor.logical_checksum)
             loaded[name] = tensor if len(weight.entry.shape) == 3 else tensor[0]
         parts = {f"{name}.{part}" for name in weights for part in PARTS}
         for name in files:

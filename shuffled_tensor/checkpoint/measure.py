@@ -48,6 +48,9 @@ def measure(weight: Weight) -> None:
         logical = (experts, rows * halves, columns)
         expected = {CODES: shape, SCALES: (*lead, rows, columns // BLOCK)}
     weight.shape = (logical[0], logical[1], logical[2])
+    recorded = weight.recorded
+    if recorded is not None and recorded.experts is not None and len(recorded.experts) != weight.shape[0]:
+        raise _wrong(weight, first, f"is of {weight.shape[0]} experts, and {len(recorded.experts)} have checksums")
     if weight.gate_up and weight.shape[1] % 2:
         raise _wrong(weight, first, f"has {weight.shape[1]} rows, which are no gate and up")
     if weight.gate_up and weight.row_order is None:

@@ -256,6 +256,7 @@ def group_layers(
         if PART_NAMES[format].row_order not in (None, row_order):
             raise ValueError(f"rows of format {format!r} are {PART_NAMES[format].row_order}, not {row_order}")
     entries = {file: manifest.parse(files.metadata(file), file) for file in files.files()}
+    beside = manifest.parse_beside(files.path)
     found: dict[str, dict[str, Weight]] = defaultdict(dict)
     for name in (name for name in files if name.startswith(prefix)):
         said = _parse(name, format)
@@ -264,7 +265,11 @@ def group_layers(
         weights = found[said.layer]
         if said.which not in weights:
             base = f"{said.layer}.{said.which}_weight".lstrip(".")
-            weights[said.which] = Weight(files, base, said.which == "w13", said.row_order or row_order)
+            record = beside.get(base)
+            gate_up = said.which == "w13"
+            told = None if said.row_order or not gate_up else row_order or (record.row_order if record else None)
+            weights[said.which] = Weight(files, base, gate_up, said.row_order or told, told)
+            weights[said.which].beside = None if record is None else record.checksums
         weight, key = weights[said.which], (said.expert, said.half)
         named = weight.tensors[said.part]
         if key in named:
@@ -322,7 +327,8 @@ def formats_in(files: Files, prefix: str = "") -> dict[str, str]:
         for name in names:
             said = _parse(name, format)
             if said is not None and said.own and files.is_any_of(name, CODES.dtypes):
-                examples.setdefault(format, name)
+                if name not in examples.values():  # without scales, the first of those that call codes so will do
+                    examples.setdefault(format, name)
                 if name.removesuffix(codes) + scales in files:
                     beside[format] = name
                     break

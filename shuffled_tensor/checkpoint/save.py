@@ -98,7 +98,7 @@ def _entry(tensor: ShuffledMXFP4Tensor, layout: str) -> manifest.Entry:
         tuple(tensor.shape),
         tensor.dtype,
         storage.requested_layout,
-        tensor.logical_checksum(),
+        storage.checksums(tensor._window),
         storage.geometry.align,
     )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CheckpointError", "Files", "memory_of", "parse_json"]
+__all__ = ["INDEX", "CheckpointError", "Files", "memory_of", "parse_json"]
 
 
 DTYPES = {
@@ -48,6 +48,9 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+
+INDEX = ".safetensors.index.json"
+"""How the file ends that says which shard holds a tensor."""
 
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What is raised by JSON that is none, and by looking into it for what is not there."""
@@ -115,7 +118,7 @@ class Files:
         self.close()
 
     def _open_directory(self) -> None:
-        indices = sorted(self.path.glob("*.safetensors.index.json"))
+        indices = sorted(self.path.glob(f"*{INDEX}"))
         if len(indices) > 1:
             raise CheckpointError(
                 f"{self.path} holds {len(indices)} indices, {indices[0].name} and others; give a file"
@@ -264,7 +267,7 @@ def _what_else(file: Path) -> str | None:
     """What a file is that is none of safetensors, by its first bytes."""
     with open(file, "rb") as data:
         first = data.read(64)
-    if file.name.endswith(".index.json"):
+    if file.name.endswith(INDEX):
         return "the index of a checkpoint: give the directory that it is in"
     if first[8:9] == b"{":  # a header, behind its length
         return None

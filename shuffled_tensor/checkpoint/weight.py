@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor.checkpoint import manifest
-from shuffled_tensor.checkpoint.source import Files
+from shuffled_tensor.checkpoint.source import CheckpointError, Files
 from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.mxfp4 import CODES, PARTS, Part
+from shuffled_tensor.tensor.checksums import DIGITS, Checksums, checksum, checksums
 from shuffled_tensor.tensor.geometry import RowOrder, slice_of
-from shuffled_tensor.tensor.storage import checksum
 
 __all__ = ["BIAS", "Weight"]
 
@@ -36,6 +36,8 @@ class Weight:
     gate_up: bool
     row_order: RowOrder | Literal["apart"] | None
     """Of gate and up rows: in one tensor, or apart in two; None where nobody has said."""
+    told_order: RowOrder | None = None
+    """The same, where it was said by somebody, and not by the tensors' names."""
     tensors: dict[Part | str, dict[tuple[int | None, int], str]] = field(default_factory=lambda: defaultdict(dict))
     """Names, by part, and by expert (None: one tensor holds them all) and half."""
     shape: tuple[int, int, int] = (0, 0, 0)
@@ -45,6 +47,8 @@ class Weight:
     """Else its values are plain, of `dtype`."""
     entry: manifest.Entry | None = None
     """What the file's manifest says of it."""
+    beside: Checksums | None = None
+    """What the record beside the files says of it."""
 
     @property
     def intermediate(self) -> int:
@@ -99,10 +103,39 @@ class Weight:
             for half, start in enumerate((span.start, self.intermediate + span.start)):
                 self._rows(part, expert, rows=slice(start, start + len(span)), out=out[half])
 
-    def checksum(self) -> str:
+    @property
+    def recorded(self) -> Checksums | None:
+        """What its values are to be compared with."""
+        return self.beside or (None if self.entry is None else self.entry.checksums)
+
+    def expert(self, expert: int) -> list[Tensor]:
+        """One expert's codes and scales, or its plain values, as :meth:`read` returns them."""
+        parts = PARTS if self.quantized else PARTS[:1]
+        return [self.read(part, expert, range(self.intermediate)) for part in parts]
+
+    def checksums(self) -> Checksums:
         """Of the logical value as it is stored."""
-        span = range(self.intermediate)
-        return checksum(self.shape, (self.read(part, e, span) for e in range(self.shape[0]) for part in PARTS))
+        return checksums(self.shape, map(self.expert, range(self.shape[0])))
+
+    def check(self, expert: int, parts: Iterable[Tensor]) -> None:
+        """Raise CheckpointError where one expert's values are not those that its checksum was noted of, if it was."""
+        if self.recorded is not None and self.recorded.experts is not None:
+            found = checksum((1, *self.shape[1:]), parts)[:DIGITS]
+            if found != self.recorded.experts[expert]:
+                raise self._damaged(f"expert {expert} has", found, self.recorded.experts[expert])
+
+    def check_whole(self, checksum: Callable[[], str]) -> None:
+        """Raise CheckpointError where all values have another checksum than was noted, if it was."""
+        if self.recorded is not None:
+            found = checksum()
+            if found != self.recorded.whole:
+                raise self._damaged("its values have", found, self.recorded.whole)
+
+    def _damaged(self, what: str, found: str, said: str) -> CheckpointError:
+        where = "the manifest" if self.beside is None else manifest.BESIDE
+        return CheckpointError(
+            f"{self.name} in {self.files.path} is damaged: {what} checksum {found[:12]}..., {where} says {said[:12]}..."
+        )
 
     def _packed(self, part: Part | str) -> Part | None:
         """The part as bytes, where it is quantised."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shuffled_tensor.checkpoint.source import DTYPES, CheckpointError, Files, memory_of
 
-__all__ = ["Pieces", "whole_tensor", "write_file"]
+__all__ = ["Pieces", "lock", "own_file", "whole_tensor", "write_file"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -94,8 +94,8 @@ def write_file(
         raise ValueError(
             f"names and metadata take {len(header)} bytes; readers of safetensors files accept {_LONGEST_HEADER}"
         )
-    with open(_open(partial), "r+b") as file:
-        _lock(file, partial)
+    with open(own_file(partial), "r+b") as file:
+        lock(file, partial)
         try:
             if not resume or file.read(len(header)) != header:
                 file.seek(0)
@@ -129,7 +129,7 @@ def write_file(
             raise
 
 
-def _open(partial: Path) -> int:
+def own_file(partial: Path) -> int:
     """A descriptor of the partial file, new or begun; never of something else that goes by its name."""
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -144,7 +144,7 @@ def _open(partial: Path) -> int:
     return descriptor
 
 
-def _lock(file: BinaryIO, partial: Path) -> None:
+def lock(file: BinaryIO, partial: Path) -> None:
     """Keep other runs from writing the same file until it is closed."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -23,11 +21,12 @@ from shuffled_tensor import mxfp4, owners
 from shuffled_tensor.layouts import ROW_MAJOR, ROW_ORDERS, Layout, Order, expert_chunks, round_up
 from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.owners import is_real
+from shuffled_tensor.tensor.checksums import Checksums, checksum, checksums
 from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window, slice_of
 from shuffled_tensor.tensor.unwritten import Unwritten
 from shuffled_tensor.tensor.validity import State, Validity
 
-__all__ = ["PackedStorage", "checksum", "locked", "reading"]
+__all__ = ["PackedStorage", "locked", "reading"]
 
 _Begun = TypeVar("_Begun")
 
@@ -624,24 +623,23 @@ class PackedStorage:
         return out
 
     def checksum(self, window: Window) -> str:
-        """SHA-256, in hex, over the logical sizes and, expert by expert, the row-major logical codes and scales."""
-        experts = (window._replace(experts=range(expert, expert + 1)) for expert in window.experts)
+        """Of the logical value."""
         with self.held():
-            return checksum(window.shape, (data for expert in experts for data in self.read(expert)))
+            return checksum(window.shape, (data for expert in self._by_expert(window) for data in expert))
+
+    def checksums(self, window: Window) -> Checksums:
+        """Of the logical value, and of each expert's."""
+        with self.held():
+            return checksums(window.shape, self._by_expert(window))
+
+    def _by_expert(self, window: Window) -> Iterator[tuple[Tensor, ...]]:
+        for expert in window.experts:
+            yield self.read(window._replace(experts=range(expert, expert + 1)))
 
 
 @cache  # every call of a layer asks
 def _padded_alike(one: Geometry, other: Geometry) -> bool:
     return one.sizes == other.sizes
-
-
-def checksum(shape: tuple[int, ...], parts: Iterable[Tensor]) -> str:
-    """SHA-256, in hex, of logical sizes and, expert by expert, row-major logical codes and scales."""
-    digest = hashlib.sha256(f"mxfp4 {'x'.join(map(str, shape))}".encode())
-    for data in parts:
-        data = data.contiguous().cpu()
-        digest.update(ctypes.string_at(data.data_ptr(), data.nbytes))
-    return digest.hexdigest()
 
 
 @contextmanager
