@@ -285,17 +285,22 @@ def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range
     """Read the file's bytes to where they belong, in several threads: a new tensor's pages are made while they are
     written."""
 
-    def read(own: int, expert: int) -> None:
-        with torch.inference_mode(storage.qdata.is_inference()), torch.no_grad():
-            parts = zip(PARTS, storage.select(range(own, own + 1)), strict=True)
-            rows = [storage.geometry.halves_of(part, data)[0] for part, data in parts]
-            for part, out in zip(PARTS, rows, strict=True):
-                weight.read_into(out, part, expert, cut.span)
-            if cut.is_some_experts(weight):
-                weight.check(expert, rows)
+    pairs = list(zip(experts, cut.experts, strict=True))
+    threads = torch.get_num_threads()
+    each = -(-len(pairs) // (4 * threads))
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(read, experts, cut.experts):
+    def read(start: int) -> None:
+        with torch.inference_mode(storage.qdata.is_inference()), torch.no_grad():
+            for own, expert in pairs[start : start + each]:
+                parts = zip(PARTS, storage.select(range(own, own + 1)), strict=True)
+                rows = [storage.geometry.halves_of(part, data)[0] for part, data in parts]
+                for part, out in zip(PARTS, rows, strict=True):
+                    weight.read_into(out, part, expert, cut.span)
+                if cut.is_some_experts(weight):
+                    weight.check(expert, rows)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(read, range(0, len(pairs), each)):
             pass
 
 

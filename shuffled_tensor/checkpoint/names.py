@@ -324,15 +324,15 @@ def formats_in(files: Files, prefix: str = "") -> dict[str, str]:
     for format, (parts, _) in PART_NAMES.items():
         codes = next(iter(parts))
         scales = next(suffix for suffix, part in parts.items() if part is SCALES)
-        for name in names:
+        for name in (name for name in names if name.endswith(codes)):
             said = _parse(name, format)
             if said is not None and said.own and files.is_any_of(name, CODES.dtypes):
-                if name not in examples.values():  # without scales, the first of those that call codes so will do
-                    examples.setdefault(format, name)
+                examples.setdefault(format, name)
                 if name.removesuffix(codes) + scales in files:
                     beside[format] = name
                     break
-    return beside or examples
+    # without scales, the first of those that call codes alike will do
+    return beside or {format: name for name, format in reversed({v: k for k, v in reversed(examples.items())}.items())}
 
 
 def _among(files: Files, prefix: str) -> str:

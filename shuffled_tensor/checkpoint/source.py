@@ -141,15 +141,18 @@ class Files:
             names = parse_json(index.read_bytes().decode())["weight_map"].items()
         except BROKEN as error:
             raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from error
+        held: dict[str, dict[str, _Stored]] = {}
         for name, shard in names:
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or (shard not in held and Path(shard).name != shard):
                 raise CheckpointError(f"{index} sends {name} to {shard!r}, which is no file beside it")
-            file = index.parent / shard
-            if not file.is_file():
-                raise CheckpointError(f"{index} sends {name} to {shard}, which is missing")
-            if name not in self._file(file):
+            if shard not in held:  # of hundreds of thousands of names, few are another's
+                file = index.parent / shard
+                if not file.is_file():
+                    raise CheckpointError(f"{index} sends {name} to {shard}, which is missing")
+                held[shard] = self._file(file)
+            if name not in held[shard]:
                 raise CheckpointError(f"{index} sends {name} to {shard}, which does not hold it")
-            self._tensors[name] = self._file(file)[name]
+            self._tensors[name] = held[shard][name]
 
     def _file(self, file: Path) -> dict[str, _Stored]:
         """The tensors of one file."""
@@ -304,10 +307,11 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"it names {name} twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it names {twice} twice")
+    return found
 
 
 def memory_of(data: Tensor) -> ctypes.Array[ctypes.c_char]:
