@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "and what each rank holds of it. Writes a file, over one that is there, and prints its name.",
     )
     what = show.add_mutually_exclusive_group(required=True)
-    what.add_argument("layout", nargs="?", choices=list(LAYOUTS))
+    what.add_argument("layout", nargs="?", choices=list(LAYOUTS), metavar="LAYOUT", help=", ".join(LAYOUTS))
     what.add_argument("--ranks", type=_positive, help="what each of so many ranks holds, in any layout")
     show.add_argument("--dim", choices=get_args(ShardDim), help="what ranks share (default intermediate)")
     show.add_argument("--experts", type=_positive, help="that ranks share (default 8)")

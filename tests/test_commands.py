@@ -296,7 +296,7 @@ error: 256 (intermediate) cannot be parted into 5 parts of whole blocks of 32
 """,
     )
     for options, message in (
-        ([], "one of the arguments layout --ranks is required"),
+        ([], "one of the arguments LAYOUT --ranks is required"),
         (["mxfp4_moe", "--ranks", "2"], "not allowed with argument"),
         (["--ranks", "2", "--scale"], "--scale says nothing with --ranks"),
         (["--ranks", "2", "--logical", "40", "160"], "--logical says nothing with --ranks"),
