@@ -144,6 +144,45 @@ def test_a_cell_is_the_same_in_both_grids(ranks: int, sizes: dict[str, Any]) -> 
         assert cell.y + cell.height < int(root.get("height"))
 
 
+@pytest.mark.parametrize(("ranks", "sizes"), CASES)
+def test_axes_number_rows_and_columns(ranks: int, sizes: dict[str, Any]) -> None:
+    """Of the whole weight beside it, of a shard beside that: up rows go on behind the gate rows."""
+    svg = rank_picture(ranks, **sizes)
+    axis = [text for text in ElementTree.fromstring(svg).iter(f"{SVG}text") if text.get("font-size") == "9"]
+    lines = "dim" in sizes or sizes.get("gate_up", True)
+    for grid in ("weight", "ranks"):
+        found = cells(svg, grid)
+        for cell in found:
+            rank = [other for other in found if other.rank == cell.rank or grid == "weight"]
+            gates = sum(len(other.weight) for other in rank if other.word == "gate")
+            expected = (cell.weight if grid == "weight" else cell.held).start + (gates if cell.word == "up" else 0)
+            inside = (cell.y, cell.height, "y") if lines else (cell.x, cell.width, "x")
+            beside = [text for text in axis if 0 < float(text.get(inside[2])) - inside[0] < inside[1]]
+            before = [text for text in beside if float(text.get("x")) < cell.x or float(text.get("y")) < cell.y]
+            (own,) = before if grid == "weight" else [text for text in beside if text not in before]
+            assert own.text == str(expected)
+
+
+@pytest.mark.parametrize(("ranks", "sizes"), CASES)
+def test_ribbons_lead_from_a_weight_to_its_ranks(ranks: int, sizes: dict[str, Any]) -> None:
+    svg = rank_picture(ranks, **sizes)
+    lines = "dim" in sizes or sizes.get("gate_up", True)
+
+    def ends(grid: str, colour: str) -> tuple[int, int]:
+        own = [cell for cell in cells(svg, grid) if cell.colour == colour]
+        if lines:
+            return own[0].y, own[-1].y + own[-1].height
+        return own[0].x, own[-1].x + own[-1].width
+
+    paths = list(ElementTree.fromstring(svg).iter(f"{SVG}path"))
+    assert {path.get("fill") for path in paths} == {cell.colour for cell in cells(svg, "ranks")}
+    for path in paths:
+        points = re.findall(r"([\d.]+) ([\d.]+)", path.get("d"))
+        start, _, _, to, beyond, _, _, end = (float(point[lines]) for point in points)
+        assert (start, end) == ends("weight", path.get("fill"))
+        assert (to, beyond) == ends("ranks", path.get("fill"))
+
+
 def rgb(colour: str) -> list[float]:
     return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
 
