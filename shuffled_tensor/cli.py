@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -15,34 +17,54 @@ from shuffled_tensor import __version__
 from shuffled_tensor.backends.base import BACKENDS, unavailable
 from shuffled_tensor.backends.doctor import doctor
 from shuffled_tensor.device import arch
+from shuffled_tensor.drawing import png
 from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR
 from shuffled_tensor.picture import picture
+from shuffled_tensor.rank_picture import rank_picture
+from shuffled_tensor.tensor.geometry import ShardDim
 
 _LAYOUTS = [name for name, layout in LAYOUTS.items() if layout is not ROW_MAJOR]
 
 
 _NOTHING_TO_COMPARE = 3
+_NOBODY_READS = 141  # 128 + SIGPIPE, as of programs that this signal ends
+_EXTRAS = {"safetensors": "checkpoint", "tqdm": "checkpoint", "vl_convert": "png"}
 _STATUSES = (
     "exit status: 0 where all is well; 1 where something is wrong, with a line that says what; 2 for a command line "
-    "that is none; 3 for verify where nothing has a checksum to be compared with; 130 after Ctrl-C"
+    "that is none; 3 for verify where nothing has a checksum to be compared with; 130 after Ctrl-C; "
+    "141 where nobody reads standard output any more, as after | head"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        try:
+            options = _parser().parse_args(arguments)
+            return int(options.run(options))
+        finally:
+            _flush()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in ("safetensors", "tqdm"):
+        if error.name not in _EXTRAS:
             raise
-        print(f"error: {error.name} is missing: pip install 'shuffled_tensor[checkpoint]'", file=sys.stderr)
+        print(f"error: {error.name} is missing: pip install 'shuffled_tensor[{_EXTRAS[error.name]}]'", file=sys.stderr)
+    except BrokenPipeError:
+        return _NOBODY_READS
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 1
+
+
+def _flush() -> None:
+    """Write what was printed, and not when the process ends, where nobody could say what went wrong."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,17 +97,30 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--format", default="auto", help="of the source, where its names do not tell")
     convert.set_defaults(run=_convert)
 
-    show = commands.add_parser("show", help="a picture (SVG) of where the codes, or the scales, of a small weight land")
-    show.add_argument("layout", choices=list(LAYOUTS))
-    show.add_argument("--rows", type=int, default=64, help="N, gate rows and up rows together (default 64)")
+    show = commands.add_parser(
+        "show",
+        help="a picture of where the codes, or the scales, of a small weight land, or of what each rank holds",
+        description="Draws a small weight in a layout, row-major and as it lies in memory; or, with --ranks, a weight "
+        "and what each rank holds of it. Writes a file, over one that is there, and prints its name.",
+    )
+    what = show.add_mutually_exclusive_group(required=True)
+    what.add_argument("layout", nargs="?", choices=list(LAYOUTS), metavar="LAYOUT", help=", ".join(LAYOUTS))
+    what.add_argument("--ranks", type=_positive, help="what each of so many ranks holds, in any layout")
+    show.add_argument("--dim", choices=get_args(ShardDim), help="what ranks share (default intermediate)")
+    show.add_argument("--experts", type=_positive, help="that ranks share (default 8)")
+    show.add_argument("--rows", type=int, help="N, gate rows and up rows together (default 64; with --ranks 512)")
     show.add_argument("--k", type=int, default=256, help="K, logical columns (default 256)")
     show.add_argument("--scale", action="store_true", help="its scales, not its codes")
     show.add_argument(
         "--logical", type=int, nargs=2, metavar=("N", "K"), help="sizes without padding, which is hatched then"
     )
     show.add_argument("--down", action="store_true", help="a down weight (w2), not a gate-up one (w13)")
-    show.add_argument("--output", type=Path, help="the file to write (default: standard output)")
-    show.set_defaults(run=_show)
+    show.add_argument(
+        "--output",
+        type=Path,
+        help="the file to write, .svg or .png; - is standard output (default: LAYOUT.svg, with what else is chosen)",
+    )
+    show.set_defaults(run=_show, refuse=show.error)
 
     tune = commands.add_parser(
         "tune",
@@ -161,18 +196,40 @@ def _convert(options: argparse.Namespace) -> bool:
 
 
 def _show(options: argparse.Namespace) -> bool:
-    svg = picture(
-        options.layout,
-        options.rows,
-        options.k,
-        gate_up=not options.down,
-        part="scale" if options.scale else "qdata",
-        logical=options.logical and tuple(options.logical),
-    )
-    if options.output is None:
-        print(svg, end="")
+    for name in ("scale", "logical") if options.ranks else ("dim", "experts"):
+        if getattr(options, name):
+            options.refuse(f"--{name} says nothing {'with' if options.ranks else 'without'} --ranks")
+    if options.ranks:
+        dim: ShardDim = options.dim or "intermediate"
+        name = f"ranks_{dim}"
+        svg = rank_picture(
+            options.ranks,
+            512 if options.rows is None else options.rows,
+            options.k,
+            gate_up=not options.down,
+            dim=dim,
+            experts=options.experts or 8,
+        )
     else:
-        options.output.write_text(svg, encoding="utf-8")
+        name = options.layout
+        svg = picture(
+            options.layout,
+            64 if options.rows is None else options.rows,
+            options.k,
+            gate_up=not options.down,
+            part="scale" if options.scale else "qdata",
+            logical=options.logical and tuple(options.logical),
+        )
+    named = f"{name}{'_down' if options.down else ''}{'_scale' if options.scale else ''}.svg"
+    output = options.output or Path(named)
+    kind = output.suffix.lower()
+    if output == Path("-"):
+        print(svg, end="")
+        return False
+    if kind not in (".svg", ".png", ""):
+        raise ValueError(f"a picture is written as .svg or .png, found {output}")
+    output.write_bytes(png(svg) if kind == ".png" else svg.encode())
+    print(output)
     return False
 
 

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-from colorsys import hls_to_rgb
-
 import torch
 
+from shuffled_tensor.drawing import AXIS, BETWEEN, CELL_HEIGHT, GREY, INK, LABELS, MARGIN, MAX_CELLS, colour, page, text
 from shuffled_tensor.layouts import check_gate_up, find_layout, shuffle_scale, shuffle_weight
 from shuffled_tensor.mxfp4 import BLOCK, CODES, PARTS, SCALES, Part
 
 __all__ = ["MAX_CELLS", "picture"]
-
-MAX_CELLS = 2048
-"""The cells that a picture shows at most."""
 
 _BLOCK = 16  # rows that are drawn as one
 
@@ -26,9 +22,9 @@ _CELL = {  # what one is, and how many of them at the beginning of memory are ou
 _HALVES = {"g": "gate", "u": "up", "r": "rows"}
 _HUES = {"g": (224, 196), "u": (38, 14), "r": (170, 130)}  # of a half's first and last block
 
-_INK, _GREY, _PAPER, _PAD = "#1f2328", "#59636e", "#ffffff", "url(#pad)"
-_FADED = f' fill="{_GREY}"'
-_MARGIN, _AXIS, _BETWEEN, _GAP, _CELL_HEIGHT = 28, 38, 128, 8, 14  # pixels
+_PAD = "url(#pad)"
+_FADED = f' fill="{GREY}"'
+_GAP = 8  # pixels between blocks
 
 _HATCHING = (
     '<defs><pattern id="pad" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
@@ -120,11 +116,11 @@ class _Drawing:
         self.half = rows // 2 if gate_up else rows
         self.cell_width = 8 + 6 * len(self.label(len(memory) - 1))
         self.grid_width = columns * self.cell_width
-        self.left = _MARGIN + _AXIS
-        self.right = self.left + self.grid_width + _BETWEEN
-        self.width = max(520, self.right + self.grid_width + _AXIS + _MARGIN)
+        self.left = MARGIN + AXIS
+        self.right = self.left + self.grid_width + BETWEEN
+        self.width = max(520, self.right + self.grid_width + AXIS + MARGIN)
         self.top = 142
-        self.bottom = self.y(rows - 1) + _CELL_HEIGHT
+        self.bottom = self.y(rows - 1) + CELL_HEIGHT
         self.height = self.bottom + (120 if self.padded else 98)
 
     def svg(self) -> str:
@@ -133,24 +129,19 @@ class _Drawing:
         n, k = self.logical[0], self.logical[1] * BLOCK
         padding = f", padded to {self.rows} and {self.columns * BLOCK}" if self.padded else ""
         lines = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{self.width}" height="{self.height}" '
-            f'viewBox="0 0 {self.width} {self.height}" font-family="system-ui, sans-serif">',
-            f"<title>{self.shuffle_kind}: where the {which} land</title>",
-            *([_HATCHING] if self.padded else []),
-            f'<rect width="100%" height="100%" rx="8" fill="{_PAPER}"/>',
-            _text(_MARGIN, 46, self.shuffle_kind, size=24, bold=True),
-            _text(_MARGIN, 68, f"{which}, N = {n}, K = {k}{padding}", fill=_GREY),
+            text(MARGIN, 46, self.shuffle_kind, size=24, bold=True),
+            text(MARGIN, 68, f"{which}, N = {n}, K = {k}{padding}", fill=GREY),
             *self.ribbons(),
             *self.grid("row-major", self.left, list(range(len(self.memory)))),
             *self.grid("memory", self.right, self.memory),
             *self.axes(),
             *self.legend(),
-            "</svg>",
         ]
-        return "\n".join(lines) + "\n"
+        title = f"{self.shuffle_kind}: where the {which} land"
+        return page(title, self.width, self.height, lines, _HATCHING if self.padded else "")
 
     def y(self, line: int) -> int:
-        return self.top + line * _CELL_HEIGHT + line // _BLOCK * _GAP
+        return self.top + line * CELL_HEIGHT + line // _BLOCK * _GAP
 
     def place(self, row: int) -> tuple[str, int]:
         """The half that a row is in, and its number there."""
@@ -169,16 +160,15 @@ class _Drawing:
         half, i = self.place(row)
         first, last = _HUES[half]
         hue = first + (last - first) * (i // _BLOCK) / max(1, (self.half - 1) // _BLOCK)
-        rgb = hls_to_rgb(hue / 360, 0.92 - 0.28 * (i % _BLOCK) / (_BLOCK - 1), 0.88)
-        return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
+        return colour(hue, 0.92 - 0.28 * (i % _BLOCK) / (_BLOCK - 1))
 
     def grid(self, name: str, x: int, cells: list[int]) -> list[str]:
-        lines = [f'<g id="{name}" font-family="ui-monospace, monospace" font-size="10" text-anchor="middle">']
+        lines = [f'<g id="{name}" {LABELS}>']
         for position, cell in enumerate(cells):
             line, column = divmod(position, self.columns)
             left, top, label, pad = x + column * self.cell_width, self.y(line), self.label(cell), self.is_pad(cell)
             lines.append(
-                f'<rect x="{left}" y="{top}" width="{self.cell_width - 1}" height="{_CELL_HEIGHT - 1}" '
+                f'<rect x="{left}" y="{top}" width="{self.cell_width - 1}" height="{CELL_HEIGHT - 1}" '
                 f'fill="{_PAD if pad else self.colour(cell // self.columns)}">'
                 f"<title>{label} at byte {position * self.nbytes}{', a pad' if pad else ''}</title></rect>"
                 f'<text x="{left + self.cell_width / 2 - 0.5:g}" y="{top + 10}"'
@@ -193,7 +183,7 @@ class _Drawing:
         edges = ""
         for line, column in sorted(cells):
             left, top = x + column * self.cell_width - 0.5, self.y(line) - 0.5
-            right, bottom = left + self.cell_width, top + _CELL_HEIGHT
+            right, bottom = left + self.cell_width, top + CELL_HEIGHT
             for neighbour, edge in (
                 ((line - 1, column), f"M{left} {top}H{right}"),
                 ((line + 1, column), f"M{left} {bottom}H{right}"),
@@ -201,7 +191,7 @@ class _Drawing:
                 ((line, column + 1), f"M{right} {top}V{bottom}"),
             ):
                 edges += "" if neighbour in cells else edge
-        return f'<path d="{edges}" fill="none" stroke="{_INK}" stroke-width="2" stroke-linecap="square"/>'
+        return f'<path d="{edges}" fill="none" stroke="{INK}" stroke-width="2" stroke-linecap="square"/>'
 
     def ribbons(self) -> list[str]:
         """From each block of rows to its lines in memory, in their order."""
@@ -214,8 +204,8 @@ class _Drawing:
         named = 0  # lines whose blocks have names
         for block, own in sorted(lines.items(), key=lambda item: (min(item[1]), item[0])):
             row, size = block * _BLOCK, min(_BLOCK, self.rows - block * _BLOCK)
-            y, bottom = self.y(row), self.y(row + size - 1) + _CELL_HEIGHT - 1
-            to, end_y = self.y(min(own)), self.y(max(own)) + _CELL_HEIGHT - 1
+            y, bottom = self.y(row), self.y(row + size - 1) + CELL_HEIGHT - 1
+            to, end_y = self.y(min(own)), self.y(max(own)) + CELL_HEIGHT - 1
             paths.append(
                 f'<path d="M{x} {y}C{middle} {y} {middle} {to} {end} {to}V{end_y}'
                 f'C{middle} {end_y} {middle} {bottom} {x} {bottom}z" '
@@ -225,38 +215,36 @@ class _Drawing:
             name = f"{_HALVES[half]} {first}-{last}" if half == other else f"{half}{first}-{other}{last}"
             # blocks that share lines have their names side by side, half way down lines of their own
             named = max(named, min(own))
-            names.append(_text(end - 8, self.y(named) + size * _CELL_HEIGHT // 2 + 4, name, anchor="end", bold=True))
+            names.append(text(end - 8, self.y(named) + size * CELL_HEIGHT // 2 + 4, name, anchor="end", bold=True))
             named += size
         return paths + names
 
     def axes(self) -> list[str]:
         row_x, byte_x = self.left - 7, self.right + self.grid_width + 6
         lines = [
-            _text(self.left, self.top - 37, "Row-major", size=15, bold=True),
-            _text(
+            text(self.left, self.top - 37, "Row-major", size=15, bold=True),
+            text(
                 self.left,
                 self.top - 21,
                 f"{'16-byte runs' if self.part is CODES else 'scales'} along K",
                 size=10,
-                fill=_GREY,
+                fill=GREY,
             ),
-            _text(row_x, self.top - 7, "row", size=10, fill=_GREY, anchor="end"),
-            _text(self.right, self.top - 37, "In memory", size=15, bold=True),
-            _text(self.right, self.top - 21, "line by line", size=10, fill=_GREY),
-            _text(byte_x, self.top - 7, "byte", size=10, fill=_GREY),
+            text(row_x, self.top - 7, "row", size=10, fill=GREY, anchor="end"),
+            text(self.right, self.top - 37, "In memory", size=15, bold=True),
+            text(self.right, self.top - 21, "line by line", size=10, fill=GREY),
+            text(byte_x, self.top - 7, "byte", size=10, fill=GREY),
         ]
         for column in range(self.columns):
             middle = column * self.cell_width + self.cell_width // 2
-            lines.append(_text(self.left + middle, self.top - 7, f"{column}", size=9, fill=_GREY, anchor="middle"))
+            lines.append(text(self.left + middle, self.top - 7, f"{column}", size=9, fill=GREY, anchor="middle"))
             lines.append(
-                _text(
-                    self.right + middle, self.top - 7, f"+{column * self.nbytes}", size=9, fill=_GREY, anchor="middle"
-                )
+                text(self.right + middle, self.top - 7, f"+{column * self.nbytes}", size=9, fill=GREY, anchor="middle")
             )
         for line in range(self.rows):
             y = self.y(line) + 10
-            lines.append(_text(row_x, y, f"{line}", size=9, fill=_GREY, anchor="end"))
-            lines.append(_text(byte_x, y, f"{line * self.columns * self.nbytes}", size=9, fill=_GREY))
+            lines.append(text(row_x, y, f"{line}", size=9, fill=GREY, anchor="end"))
+            lines.append(text(byte_x, y, f"{line * self.columns * self.nbytes}", size=9, fill=GREY))
         return lines
 
     def legend(self) -> list[str]:
@@ -265,7 +253,7 @@ class _Drawing:
             for i in sorted({*range(self.half)[:_BLOCK], *range(self.half)[-_BLOCK:]}):
                 lines.append(f'<rect x="{x}" y="{y}" width="4" height="12" fill="{self.colour(start + i)}"/>')
                 x += 4
-            lines.append(_text(x + 6, y + 10, _HALVES[self.place(start)[0]], fill=_GREY))
+            lines.append(text(x + 6, y + 10, _HALVES[self.place(start)[0]], fill=GREY))
             x += 54
         each = self.half - (self.rows - self.logical[0]) // (2 if self.gate_up else 1)
         (half, i), column = self.place(self.rows - self.half + each - 1), self.logical[1] - 1
@@ -274,22 +262,15 @@ class _Drawing:
         x = self.left
         return [
             *lines,
-            f'<rect x="{x + 1}" y="{y + 23}" width="42" height="12" fill="none" stroke="{_INK}" stroke-width="2"/>',
-            _text(x + 56, y + 33, f"the first {first} bytes of memory", fill=_GREY),
-            _text(x, y + 56, f"{half}{i}·{column}", fill=_INK, bold=True),
-            _text(x + 56, y + 56, f"{row}, {self.unit} {column} of K: {self.unit_is}", fill=_GREY),
+            f'<rect x="{x + 1}" y="{y + 23}" width="42" height="12" fill="none" stroke="{INK}" stroke-width="2"/>',
+            text(x + 56, y + 33, f"the first {first} bytes of memory", fill=GREY),
+            text(x, y + 56, f"{half}{i}·{column}", fill=INK, bold=True),
+            text(x + 56, y + 56, f"{row}, {self.unit} {column} of K: {self.unit_is}", fill=GREY),
             *(self.pad_legend(x, y + 68) if self.padded else []),
         ]
 
     def pad_legend(self, x: int, y: int) -> list[str]:
         return [
             f'<rect x="{x}" y="{y}" width="44" height="13" fill="{_PAD}"/>',
-            _text(x + 56, y + 10, f"padding: bytes of {self.part.pad}", fill=_GREY),
+            text(x + 56, y + 10, f"padding: bytes of {self.part.pad}", fill=GREY),
         ]
-
-
-def _text(
-    x: int, y: int, text: str, *, size: int = 12, fill: str = _INK, anchor: str = "start", bold: bool = False
-) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{weight}>{text}</text>'

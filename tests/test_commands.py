@@ -18,6 +18,8 @@ import shuffled_tensor
 from shuffled_tensor import ShuffledMXFP4Tensor, inspect, picture, save_file
 from shuffled_tensor.checkpoint.weight import Weight
 from shuffled_tensor.cli import main
+from shuffled_tensor.drawing import png
+from shuffled_tensor.rank_picture import rank_picture
 
 from .support.layer import make_weight, weight_parts
 
@@ -239,15 +241,79 @@ error: N=40 rows are not a multiple of 32, which qdata in 'mxfp4_moe' needs: pad
     )
 
 
+def shown(name: str) -> str:
+    return Path(name).read_text(encoding="utf-8")
+
+
 def test_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", "mxfp4_separated", "--rows", "32", "--k", "64", "--down"]) == 0
+    """A file that is named after what it shows, or as one likes."""
+    for options, name, svg in (
+        (["mxfp4_moe"], "mxfp4_moe.svg", picture("mxfp4_moe", 64, 256)),
+        (["none", "--rows", "6", "--k", "32"], "none.svg", picture("none", 6, 32)),
+        (["mxfp4_moe", "--scale"], "mxfp4_moe_scale.svg", picture("mxfp4_moe", 64, 256, part="scale")),
+        (["mxfp4_separated", "--down"], "mxfp4_separated_down.svg", picture("mxfp4_separated", 64, 256, gate_up=False)),
+        (["--ranks", "3"], "ranks_intermediate.svg", rank_picture(3, 512, 256)),
+        (
+            ["--ranks", "2", "--dim", "expert", "--experts", "6", "--down", "--rows", "64"],
+            "ranks_expert_down.svg",
+            rank_picture(2, 64, 256, gate_up=False, dim="expert", experts=6),
+        ),
+        (
+            ["mxfp4_moe", "--scale", "--logical", "40", "160", "--output", "padded.SVG"],
+            "padded.SVG",
+            picture("mxfp4_moe", 64, 256, part="scale", logical=(40, 160)),
+        ),
+    ):
+        assert main(["show", *options]) == 0
+        assert capsys.readouterr().out == f"{name}\n"
+        assert shown(name) == svg
+    assert main(["show", "mxfp4_moe", "--rows", "32"]) == 0  # written anew
+    assert shown("mxfp4_moe.svg") == picture("mxfp4_moe", 32, 256)
+
+
+def test_show_on_standard_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(folder.iterdir())
+    assert main(["show", "mxfp4_separated", "--rows", "32", "--k", "64", "--down", "--output", "-"]) == 0
     assert capsys.readouterr().out == picture("mxfp4_separated", 32, 64, gate_up=False)
-    assert main(["show", "mxfp4_moe", "--output", "picture.svg"]) == 0
-    assert (folder / "picture.svg").read_text(encoding="utf-8") == picture("mxfp4_moe", 64, 256)
-    assert main(["show", "mxfp4_moe", "--scale", "--logical", "40", "160", "--output", "picture.svg"]) == 0
-    expected = picture("mxfp4_moe", 64, 256, part="scale", logical=(40, 160))
-    assert (folder / "picture.svg").read_text(encoding="utf-8") == expected
-    assert capsys.readouterr().out == ""
+    assert sorted(folder.iterdir()) == before
+
+
+def test_show_what_cannot_be_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written."""
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    before = sorted(folder.iterdir())
+    assert main(["show", "mxfp4_moe", "--output", "picture.png"]) == 1
+    assert main(["show", "mxfp4_moe", "--output", "picture.pdf"]) == 1
+    assert main(["show", "--ranks", "5", "--output", "picture.svg"]) == 1
+    assert_expected_inline(
+        capsys.readouterr().err,
+        """\
+error: vl_convert is missing: pip install 'shuffled_tensor[png]'
+error: a picture is written as .svg or .png, found picture.pdf
+error: 256 (intermediate) cannot be parted into 5 parts of whole blocks of 32
+""",
+    )
+    for options, message in (
+        ([], "one of the arguments LAYOUT --ranks is required"),
+        (["mxfp4_moe", "--ranks", "2"], "not allowed with argument"),
+        (["--ranks", "2", "--scale"], "--scale says nothing with --ranks"),
+        (["--ranks", "2", "--logical", "40", "160"], "--logical says nothing with --ranks"),
+        (["mxfp4_moe", "--dim", "expert"], "--dim says nothing without --ranks"),
+        (["mxfp4_moe", "--experts", "4"], "--experts says nothing without --ranks"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["show", *options])
+        assert message in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_show_a_png(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vl_convert", reason="the extra png is not installed")
+    assert main(["show", "mxfp4_moe", "--rows", "32", "--k", "32", "--output", "picture.PNG"]) == 0
+    assert capsys.readouterr().out == "picture.PNG\n"
+    assert (folder / "picture.PNG").read_bytes() == png(picture("mxfp4_moe", 32, 32))
 
 
 def test_as_a_process(folder: Path) -> None:

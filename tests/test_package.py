@@ -111,7 +111,7 @@ def test_the_command_is_installed(
             sys.exit(main())
         return exit.value.code
 
-    assert run("show", "mxfp4_moe") == 0
+    assert run("show", "mxfp4_moe", "--output", "-") == 0
     assert capsys.readouterr().out.startswith("<svg")
     assert run("inspect", "nothing.safetensors") == 1
     assert capsys.readouterr().err == "error: no such file: nothing.safetensors\n"

@@ -13,9 +13,12 @@ from xml.etree import ElementTree
 import pytest
 from expecttest import assert_expected_inline
 
+from shuffled_tensor.drawing import png
 from shuffled_tensor.picture import MAX_CELLS, picture
+from shuffled_tensor.rank_picture import rank_picture
 
 from .support.judges import order_by_formula
+from .support.png import pixels
 
 SVG = "{http://www.w3.org/2000/svg}"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -201,6 +204,7 @@ def committed() -> dict[str, str]:
         found[f"{kind}_scale.svg"] = picture(kind, *sizes, part="scale")
     found["pads.svg"] = picture("mxfp4_moe", *sizes, logical=logical)
     found["pads_scale.svg"] = picture("mxfp4_moe", *sizes, logical=logical, part="scale")
+    found["ranks.svg"] = rank_picture(4, 640, 256)
     return found
 
 
@@ -252,6 +256,24 @@ half a block: logical sizes are at most N=64, K=256, in whole blocks of 32 colum
 halves that differ: logical sizes are at most N=64, K=256, in whole blocks of 32 columns and as many gate as up rows; found N=41, K=256
 too many cells: a picture shows at most 2048 cells of 32 columns; N=4096, K=4096 are 524288""",
     )
+
+
+def test_a_png_shows_what_the_svg_says() -> None:
+    """Cells in their colours and hatched pads, with labels on them, whatever fonts this machine has."""
+    pytest.importorskip("vl_convert", reason="the extra png is not installed")
+    svg = picture("mxfp4_moe", 32, 64, logical=(24, 64))
+    lines, root = pixels(png(svg)), ElementTree.fromstring(svg)
+    assert (len(lines), {len(line) for line in lines}) == (int(root.get("height")), {int(root.get("width"))})
+    seen = set()
+    for grid in ("row-major", "memory"):
+        for cell in cells(svg, grid):
+            inside = [pixel for line in lines[cell.y + 2 : cell.y + 11] for pixel in line[cell.x + 2 : cell.x + 30]]
+            found = {"#" + bytes(pixel).hex() for pixel in inside}
+            assert ("#f3f4f6" if cell.pad else cell.colour) in found
+            assert min(map(sum, inside)) < (400 if cell.pad else 250)  # a label, grey or black
+            seen |= found & {cell.colour}
+    assert len(seen) == 24
+    assert "#" + bytes(lines[20][4]).hex() == "#ffffff"
 
 
 def test_the_largest_picture() -> None:

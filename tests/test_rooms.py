@@ -30,13 +30,13 @@ PACKAGE = Path(shuffled_tensor.__file__).parent
 
 # From the ground up: a room imports from those before it, never from those behind it.
 ROOMS = (
-    ("owners", "device", "operators"),
+    ("owners", "device", "operators", "drawing"),
     ("mxfp4",),
     ("layouts",),
     ("tensor",),
     ("moe",),
     ("backends",),
-    ("linear", "modules", "checkpoint", "picture"),
+    ("linear", "modules", "checkpoint", "picture", "rank_picture"),
     ("updates",),
     ("integrations",),
     ("transformers", "cli", "testing"),
