@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
@@ -21,7 +24,7 @@ from shuffled_tensor.drawing import png
 from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR
 from shuffled_tensor.picture import picture
 from shuffled_tensor.rank_picture import rank_picture
-from shuffled_tensor.tensor.geometry import ShardDim
+from shuffled_tensor.tensor.geometry import RowOrder, ShardDim
 
 _LAYOUTS = [name for name, layout in LAYOUTS.items() if layout is not ROW_MAJOR]
 
@@ -41,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             options = _parser().parse_args(arguments)
-            return int(options.run(options))
+            with _told():
+                return int(options.run(options))
         finally:
             _flush()
     except KeyboardInterrupt:
@@ -56,6 +60,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 1
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the package notes, on standard error."""
+    log, handler = logging.getLogger("shuffled_tensor"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _flush() -> None:
@@ -82,19 +100,28 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--read", action="store_true", help="read the weights too, and compare them with checksums")
     inspect.add_argument("--ranks", type=_positive, help="say what each of so many ranks would hold")
     inspect.add_argument("--json", action="store_true", help="a JSON list, an object a weight, for other programs")
+    _add_names(inspect)
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser(
         "verify", help="compare every weight with its checksum; exit 1 where one is damaged, 3 where none has one"
     )
     verify.add_argument("path", help="a safetensors file, or a directory of them")
+    _add_names(verify)
     verify.set_defaults(run=_verify)
 
-    convert = commands.add_parser("convert", help="write a checkpoint's experts to a file with checksums")
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint again, its experts with checksums, and in a kernel's layout if wanted",
+        description="A directory becomes a directory, with the files beside its shards. In the canonical layout "
+        "experts keep their names and bytes, and checksums are in shuffled_tensor.json. A run that was stopped is "
+        "gone on with by the same command.",
+    )
     convert.add_argument("source", help="a safetensors file, or a directory of them")
-    convert.add_argument("destination", help="the safetensors file to write")
+    convert.add_argument("destination", help="the directory to write, or the file where the source is one")
     convert.add_argument("--layout", choices=["canonical", *_LAYOUTS], default="canonical", help="of the bytes written")
-    convert.add_argument("--format", default="auto", help="of the source, where its names do not tell")
+    convert.add_argument("--single-file", action="store_true", help="write a directory as one file")
+    _add_names(convert)
     convert.set_defaults(run=_convert)
 
     show = commands.add_parser(
@@ -151,6 +178,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_names(command: argparse.ArgumentParser) -> None:
+    """What a checkpoint's names may leave open."""
+    command.add_argument("--format", default="auto", help="of the checkpoint, where its names do not tell")
+    command.add_argument(
+        "--row-order", choices=get_args(RowOrder), help="of gate and up rows in one tensor, where its names do not tell"
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a number from 1 on, found {text!r}")
@@ -163,7 +198,7 @@ def _positive(text: str) -> int:
 def _inspect(options: argparse.Namespace) -> bool:
     from shuffled_tensor.checkpoint.inspection import inspect, shares, table
 
-    findings = inspect(options.path, read=options.read)
+    findings = inspect(options.path, read=options.read, format=options.format, row_order=options.row_order)
     print(json.dumps([asdict(finding) for finding in findings], indent=1) if options.json else table(findings))
     if options.ranks and not options.json:
         print(shares(findings, options.ranks))
@@ -173,7 +208,7 @@ def _inspect(options: argparse.Namespace) -> bool:
 def _verify(options: argparse.Namespace) -> int:
     from shuffled_tensor.checkpoint.inspection import inspect
 
-    findings = inspect(options.path, read=True)
+    findings = inspect(options.path, read=True, format=options.format, row_order=options.row_order)
     for finding in findings:
         for problem in finding.problems:
             print(f"{finding.name}: {problem}")
@@ -191,7 +226,18 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> bool:
     from shuffled_tensor.checkpoint.conversion import convert
 
-    convert(options.source, options.destination, layout=options.layout, format=options.format)
+    try:
+        convert(
+            options.source,
+            options.destination,
+            layout=options.layout,
+            format=options.format,
+            row_order=options.row_order,
+            single_file=options.single_file,
+        )
+    except KeyboardInterrupt:
+        print(f"the same command goes on from what is in {options.destination}.partial", file=sys.stderr)
+        raise
     return False
 
 

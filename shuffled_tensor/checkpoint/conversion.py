@@ -136,7 +136,7 @@ def _to_directory(files: Files, weights: dict[str, Weight], layout: Layout, dest
                     compared(sum(part.nbytes for key, part in shard.parts.items() if key not in shard.compared_later))
                 else:
                     shard.write(partial / name, written, compared)
-            _copy_what_is_beside(files, partial, but="" if kept else f"*{INDEX}")
+            _copy_what_is_beside(files, partial, index=kept)
             if kept:
                 _write_beside(weights, partial, compared)
             elif len(shards) > 1:
@@ -155,11 +155,11 @@ def _fingerprint(files: Files, weights: dict[str, Weight], layout: Layout) -> by
     return json.dumps([layout.name, of, found]).encode()
 
 
-def _copy_what_is_beside(files: Files, partial: Path, but: str) -> None:
+def _copy_what_is_beside(files: Files, partial: Path, *, index: bool) -> None:
     """Configuration, tokenizer and the like."""
     for path in files.path.iterdir():
-        weights = path.suffix in _OTHER_WEIGHTS or path.name == manifest.BESIDE or path.match(but)
-        if path.is_file() and not weights and not path.name.startswith("."):
+        made_anew = path.name == manifest.BESIDE or (path.name.endswith(INDEX) and not index)
+        if path.is_file() and not (path.suffix in _OTHER_WEIGHTS or path.name.startswith(".") or made_anew):
             shutil.copyfile(path, partial / path.name)
 
 
