@@ -22,7 +22,7 @@ transformers = pytest.importorskip(
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, quantize_experts_  # noqa: E402
+from shuffled_tensor import SCALE_RULES, ShuffledMXFP4Tensor, convert, inspect, quantize_experts_  # noqa: E402
 from shuffled_tensor.transformers import Mxfp4Config, config_for, quantize_model_, use_for_mxfp4  # noqa: E402
 
 from .support.bytes import coded, moderate_scales  # noqa: E402
@@ -210,6 +210,30 @@ def test_gpt_oss(tmp_path: Path) -> None:
     theirs = transformers.Mxfp4Config(dequantize=True)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=theirs, dtype=torch.float32)
     torch.testing.assert_close(logits(read.float().eval()), logits(judge), atol=1e-5, rtol=1e-5)
+
+
+def test_a_converted_directory(tmp_path: Path) -> None:
+    """Whoever read the source reads it: transformers alone, and with our configuration."""
+    for name in ("openai", "kimi"):
+        (tmp_path / name).mkdir()
+    gpt_oss_checkpoint(tmp_path / "openai")
+    by_expert_checkpoint(tmp_path / "kimi", "mixtral", "compressed-tensors", {0, 1})
+    theirs, found = transformers.Mxfp4Config(dequantize=True), []
+    for source in (tmp_path / "openai", tmp_path / "kimi"):
+        converted = source.with_name(f"{source.name}-converted")
+        convert(source, converted)
+        checksums = [[finding.checksum for finding in inspect(path, read=True)] for path in (source, converted)]
+        assert checksums[0] == checksums[1] != []
+        for path in (source, converted):
+            found.append(logits(load(path, config=config_for(str(path)))))
+            if source.name == "openai":
+                options = {"quantization_config": theirs, "dtype": torch.float32}
+                found.append(logits(AutoModelForCausalLM.from_pretrained(path, **options).float().eval()))
+    openai, kimi = found[:4], found[4:]
+    assert torch.equal(openai[0], openai[2])
+    assert torch.equal(openai[1], openai[3])
+    torch.testing.assert_close(openai[0], openai[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(*kimi)
 
 
 def test_everybodys_from_pretrained(tmp_path: Path) -> None:

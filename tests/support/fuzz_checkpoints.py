@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
 import sys
 from collections import Counter
@@ -161,10 +162,28 @@ def with_header(raw: bytearray, edit: Callable[[dict[str, Any]], object]) -> byt
 # --- what is on disk
 
 
-def from_format(format: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Codes, scales and biases by the field's names: what `in_format` does, undone."""
-    name, bytes_ = layer_name(format), {k: v.view(torch.uint8) for k, v in tensors.items() if v.element_size() == 1}
-    if format == "gpt-oss":
+W1_W3_W2 = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+KIMI = "language_model.model.layers.3.block_sparse_moe.experts"
+OTHER_NAMES = {"Kimi-K3": ("compressed-tensors", KIMI), "MiniMax-M3": ("quark", KIMI.removeprefix("language_model."))}
+"""Formats whose projections are called otherwise, in another layer."""
+
+
+def name_of(kind: str) -> str:
+    """Of the layer."""
+    return OTHER_NAMES[kind][1] if kind in OTHER_NAMES else layer_name(kind)
+
+
+def stored(kind: str) -> dict[str, Tensor]:
+    if kind not in OTHER_NAMES:
+        return in_format(kind, DENSE, layer_name(kind))
+    tensors = in_format(OTHER_NAMES[kind][0], DENSE, name_of(kind))
+    return {re.sub("|".join(W1_W3_W2), lambda old: W1_W3_W2[old[0]], name): data for name, data in tensors.items()}
+
+
+def from_format(kind: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Codes, scales and biases by the field's names: what `stored` does, undone."""
+    name, bytes_ = name_of(kind), {k: v.view(torch.uint8) for k, v in tensors.items() if v.element_size() == 1}
+    if kind == "gpt-oss":
 
         def parted(rows: Tensor) -> Tensor:
             return torch.cat([rows[:, 0::2], rows[:, 1::2]], 1)
@@ -177,7 +196,7 @@ def from_format(format: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "w13_bias": None if biases[0] is None else parted(biases[0]),
             "w2_bias": biases[1],
         }
-    like = list(in_format(format, DENSE, name))
+    like = list(stored(kind))
     stacks = [  # codes of gate, up and down, then scales
         torch.stack([bytes_[key] for key in (like[index], like[len(like) // 2 + index])]) for index in range(6)
     ]
@@ -219,7 +238,7 @@ def attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
 def judge(kind: str, path: Path) -> bool:
     """Whether the file was loaded."""
     own = kind in ("canonical", "as_is")
-    name = layer_name("quark" if own else kind)
+    name = name_of("quark" if own else kind)
     loaded, refusal = attempt(lambda: load_experts(path))
     bias = loaded is not None and name in loaded and loaded[name].w13_bias is not None
     model = module_of({name: DENSE}, "mxfp4_moe", bias=bias)
@@ -261,10 +280,10 @@ def judge(kind: str, path: Path) -> bool:
 def main(folder: Path, seeds: int) -> None:
     torch.set_num_threads(1)
     originals = {}
-    for kind in (*FORMATS, "canonical", "as_is"):
+    for kind in (*FORMATS, *OTHER_NAMES, "canonical", "as_is"):
         path = folder / f"{kind}.safetensors"
-        if kind in FORMATS:
-            safetensors.torch.save_file(in_format(kind, DENSE, layer_name(kind)) | others(), path)
+        if kind not in ("canonical", "as_is"):
+            safetensors.torch.save_file(stored(kind) | others(), path)
         else:
             model = module_of({layer_name("quark"): DENSE}, "mxfp4_moe")
             load_experts(folder / "gpt-oss.safetensors", into=model)
