@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What loading and converting a checkpoint costs: time against a plain read of the same bytes, and memory at its peak.
+"""What loading and converting a checkpoint costs: time against a plain read of the same bytes, and memory at its peak;
+how much longer many small tensors take; and how much of a file a rank of eight reads.
 
     python benchmarks/load.py [--experts E] [--hidden H] [--intermediate I] [--folder DIR]
 
@@ -12,6 +13,7 @@ that are mapped are the kernel's to drop.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 import tempfile
@@ -29,6 +31,8 @@ from shuffled_tensor import ShuffledMXFP4Tensor, convert, load_experts
 
 PREFIX = "model.layers.0.mlp.experts"
 REPEATS = 5
+MANY = 50_000
+RANKS = 8
 
 
 def random_bytes(*shape: int) -> Tensor:
@@ -56,13 +60,40 @@ def write_gpt_oss(path: Path, experts: int, hidden: int, intermediate: int) -> N
     save_file(tensors, path)
 
 
+def write_many(path: Path, experts: int, hidden: int, intermediate: int) -> None:
+    """As Kimi-K3 calls its 497,220 tensors, small ones, so that what a name costs is seen."""
+    tensors = {}
+    for layer in range(-(-MANY // (6 * experts))):
+        for expert, name in itertools.product(range(experts), ("w1", "w3", "w2")):
+            base = f"language_model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+            tensors[f"{base}.weight_packed"] = random_bytes(hidden, intermediate // 2)
+            tensors[f"{base}.weight_scale"] = random_bytes(hidden, intermediate // 32)
+    save_file(tensors, path)
+
+
 def plain(path: Path) -> list[Tensor]:
     return [tensor.clone() for tensor in load_file(path).values()]
 
 
-def loaded(path: Path) -> list[Tensor]:
-    weights = [weight for layer in load_experts(path).values() for weight in (layer.w13, layer.w2)]
+def loaded(path: Path, **options: Any) -> list[Tensor]:
+    weights = [weight for layer in load_experts(path, **options).values() for weight in (layer.w13, layer.w2)]
     return [part for w in weights if isinstance(w, ShuffledMXFP4Tensor) for part in (w.qdata, w.scale)]
+
+
+def loaded_unpadded(path: Path) -> list[Tensor]:
+    return loaded(path, align=32)
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def shares(path: Path, results: Any) -> None:
+    """How much of the file a rank reads, by what ranks share."""
+    for dim in ("expert", "intermediate"):
+        before = bytes_read()
+        loaded(path, rank=RANKS - 1, world_size=RANKS, dim=dim)
+        results.put((dim, (bytes_read() - before) / path.stat().st_size * RANKS))
 
 
 def converted(path: Path) -> list[Tensor]:
@@ -98,6 +129,25 @@ def measure(run: Callable[[Path], list[Tensor]], small: Path, path: Path, result
     results.put((seconds, max(0.0, peak - before - sum(tensor.nbytes for tensor in held) / 2**20)))
 
 
+LABELS = {plain: "load_file and a copy", converted: "convert"}
+
+
+def compare(name: str, small: Path, path: Path, ways: tuple[Callable[[Path], list[Tensor]], ...]) -> None:
+    """A line for each way, all in turns, so that what else the machine does troubles all."""
+    context = multiprocessing.get_context("spawn")
+    results, runs = context.Queue(), {run: [] for run in ways}
+    for run in ways * REPEATS:
+        process = context.Process(target=measure, args=(run, small, path, results))
+        process.start()
+        process.join()
+        runs[run].append(results.get())
+    base = statistics.median(seconds for seconds, _ in runs[ways[0]])
+    for run, measured in runs.items():
+        seconds, extra = statistics.median(each[0] for each in measured), max(each[1] for each in measured)
+        label = f"{name}, {LABELS.get(run, 'load_experts')}"
+        print(f"{label:36}{seconds:8.2f}{seconds / base:9.2f}x{extra:16.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=32)
@@ -119,19 +169,20 @@ def main() -> None:
             path, small = Path(folder, f"{name}.safetensors"), Path(folder, f"{name}-small.safetensors")
             write(path, *sizes)
             write(small, 1, 256, 256)
-            base = None
-            for label, run in (("load_file and a copy", plain), ("load_experts", loaded), ("convert", converted)):
-                results = context.Queue()
-                for _ in range(REPEATS):
-                    process = context.Process(target=measure, args=(run, small, path, results))
-                    process.start()
-                    process.join()
-                runs = [results.get() for _ in range(REPEATS)]
-                seconds, extra = statistics.median(run[0] for run in runs), max(run[1] for run in runs)
-                base = base or seconds
-                print(f"{name + ', ' + label:36}{seconds:8.2f}{seconds / base:9.2f}x{extra:16.1f}")
+            compare(name, small, path, (plain, loaded, converted))
+            results = context.Queue()
+            process = context.Process(target=shares, args=(path, results))
+            process.start()
+            process.join()
+            for _ in range(2):
+                dim, share = results.get()
+                print(f"{name}, a rank of {RANKS} by {dim} reads {share:.3f} of an eighth")
             for file in Path(folder).iterdir():
                 file.unlink()
+        path, small = Path(folder, "many.safetensors"), Path(folder, "many-small.safetensors")
+        write_many(path, 128, 256, 256)
+        write_gpt_oss(small, 1, 256, 256)
+        compare(f"{MANY} tensors", small, path, (plain, loaded_unpadded))
 
 
 if __name__ == "__main__":
