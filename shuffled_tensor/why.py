@@ -184,7 +184,7 @@ def why(
         grouped: dict[Answer, list[int]] = {}
         for each, experts in layers.items():
             number = _NUMBER.search(each)
-            found = _answer(_NUMBER.sub("*", each, count=1), experts, layer)
+            found = _answer(_NUMBER.sub("*", each, count=1) or "w13_weight, w2_weight", experts, layer)
             grouped.setdefault(found, []).append(int(number[0]) if number else 0)
         about = _about(aiter, version) if name == versions.ARCH else None
     answers = [

@@ -268,7 +268,7 @@ def test_doctor() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU: its report is shown here")
-    with fake_aiter("v0.1.18 and later"):
+    with fake_aiter("v0.1.18 and later", tuned=False):
         plain = run()
         with override_arch("gfx950"):
             target = run()
@@ -304,12 +304,12 @@ cpu           gfx950
   reference   yes, reads any layout
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
 routes        on cpu, of the layers of
-  DeepSeek V3 and R1  aiter, mxmoe a4w4
-  Kimi K2             aiter, mxmoe a4w4
-  Qwen3               aiter, mxmoe a4w4
-  DeepSeek V4         reference, plain torch
-  gpt-oss             reference, plain torch
-  MiniMax-M3          reference, plain torch
+  DeepSeek V3 and R1  aiter, FlyDSL a4w4
+  Kimi K2             aiter, FlyDSL a4w4
+  Qwen3               aiter, FlyDSL a4w4
+  DeepSeek V4         aiter, FlyDSL a4w4
+  gpt-oss             aiter, 1 to 255 tokens: CK-Tile a16w4, K in parts; 256 or more tokens: FlyDSL a4w4
+  MiniMax-M3          aiter, 1 to 255 tokens: CK-Tile a16w4, K in parts; 256 or more tokens: FlyDSL a4w4
   Kimi-K3             reference, plain torch
 to change     nothing: weights are shuffled on first use""",
     )

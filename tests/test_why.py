@@ -13,8 +13,9 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from safetensors.torch import save_file as save_plain
+from torch import Tensor
 
-from shuffled_tensor import explain, load_experts, override_arch
+from shuffled_tensor import explain, load_experts, override_arch, save_file
 from shuffled_tensor.backends import triton
 from shuffled_tensor.backends.aiter import versions
 from shuffled_tensor.checkpoint.weight import Weight
@@ -26,6 +27,7 @@ from shuffled_tensor.why import ARCHITECTURES, why
 
 from .support.aiter import VERSION_OF
 from .support.checkpoints import in_format, make_dense, write_sharded
+from .support.layer import make_weight
 
 ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "tests/data/aiter_routes.json").read_text())
@@ -546,12 +548,15 @@ model.layers.4.mlp.experts         1 x 320 x 288  540.0 KiB  none               
 layers: 7, memory with padding: 7.3 MiB
 """,
     )
-    stacked = {}
+    stacked: dict[str, Tensor] = {}
     for name, (codes, scale) in (("gate_up_proj", dense.w13), ("down_proj", dense.w2)):
         stacked |= {f"layers.0.experts.{name}.weight": codes, f"layers.0.experts.{name}.weight_scale": scale}
     save_plain(stacked, folder / "stacked.safetensors")
     (found,) = why("stacked.safetensors", arch="sm_90").answers
     assert (found.experts, found.intermediate, found.hidden, found.backend) == (4, 64, 288, "triton")
+    save_file({"w13_weight": make_weight("w13"), "w2_weight": make_weight("w2")}, "nameless.safetensors")
+    (found,) = why("nameless.safetensors", arch="sm_90").answers
+    assert (found.layers, found.count, found.experts) == ("w13_weight, w2_weight", 1, 4)
 
 
 # --- the table of families, and README's
