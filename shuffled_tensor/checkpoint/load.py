@@ -117,7 +117,8 @@ def load_experts(
             for _, layer, cut, _ in plan:
                 for weight in layer:
                     _verify(weight, cut)
-        with progress("loading experts", 2 * len(plan), "weights") as done:
+        count = sum(not tensor.is_meta for *_, targets in plan for tensor in targets[:2])
+        with progress("loading experts", count, "weights") as done:
             for _, layer, cut, targets in plan:
                 for weight, tensor, bias in zip(layer, targets[:2], targets[2:], strict=True):
                     if tensor.is_meta:
