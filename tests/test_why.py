@@ -487,6 +487,7 @@ def test_every_machine_has_an_answer(folder: Path) -> None:
             {"model_type": "minimax_m3_vl", "text_config": {"model_type": "minimax_m3_vl_text", "hidden_act": "silu"}},
             "swiglu", {}, None,
         ),
+        ({"model_type": "minimax_m3", "text_config": {"hidden_act": "silu"}}, "swiglu", {}, None),
         ({"model_type": "another", "hidden_act": "swigluoai", "swiglu_limit": 3.0}, "swiglu", {"swiglu_limit": 3.0}, None),
         ({"model_type": "another", "hidden_act": "silu", "swiglu_alpha": 1.5}, "swiglu", {"swiglu_alpha": 1.5}, None),
         ({"model_type": "another", "hidden_act": "gelu_pytorch_tanh", "swiglu_limit": None}, "gelu_tanh", {}, None),
@@ -518,6 +519,8 @@ def test_flags_come_before_config_json(folder: Path) -> None:
     found = why("gpt-oss", arch="gfx950", aiter="v0.1.20", activation="silu")
     assert (found.activation, found.parameters["swiglu_limit"], found.topk) == ("silu", float("inf"), 4)
     assert [route.name for route in found.answers[0].routes] == ["FlyDSL a4w4"]
+    found = why("gpt-oss", arch="gfx950", aiter="#3788", activation="silu")
+    assert "HIP a4w4 in aiter #3788 would ignore a bias" in dict(found.answers[0].passed_over)["aiter"]
 
 
 def test_layers_of_a_kind_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -548,6 +551,10 @@ model.layers.4.mlp.experts         1 x 320 x 288  540.0 KiB  none               
 layers: 7, memory with padding: 7.3 MiB
 """,
     )
+    # a shared expert is one of one, and not one of so many that K would not go in parts
+    shared = why("mixed.safetensors", arch="gfx950", aiter="v0.1.15", topk=8).answers[2]
+    assert shared.layers == "model.layers.3.mlp.shared_experts"
+    assert dict(shared.passed_over)["aiter"].startswith("for 1 token, CK-Tile a16w4, K in parts")
     stacked: dict[str, Tensor] = {}
     for name, (codes, scale) in (("gate_up_proj", dense.w13), ("down_proj", dense.w2)):
         stacked |= {f"layers.0.experts.{name}.weight": codes, f"layers.0.experts.{name}.weight_scale": scale}
