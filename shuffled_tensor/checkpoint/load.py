@@ -133,13 +133,14 @@ def load_experts(
                         weight.check_whole(partial(_checksum, weight, tensor))
                     done(1)
     loaded = {name: targets for name, _, _, targets in plan}
-    _log.info(
-        "loaded the experts of %d layers, %.2f GiB, from %s in %.2f s",
-        len(plan),
-        sum(_nbytes(tensor) for targets in loaded.values() for tensor in targets[:2]) / 2**30,
-        files.path,
-        time.perf_counter() - start,
-    )
+    if count:  # on the meta device nothing was read
+        _log.info(
+            "loaded the experts of %d layers, %.2f GiB, from %s in %.2f s",
+            len(plan),
+            sum(_nbytes(tensor) for targets in loaded.values() for tensor in targets[:2]) / 2**30,
+            files.path,
+            time.perf_counter() - start,
+        )
     return loaded
 
 
