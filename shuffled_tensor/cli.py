@@ -22,6 +22,7 @@ from shuffled_tensor.backends.doctor import doctor
 from shuffled_tensor.device import arch
 from shuffled_tensor.drawing import png
 from shuffled_tensor.layouts import LAYOUTS, ROW_MAJOR
+from shuffled_tensor.moe.activations import ACTIVATIONS
 from shuffled_tensor.picture import picture
 from shuffled_tensor.rank_picture import rank_picture
 from shuffled_tensor.tensor.geometry import RowOrder, ShardDim
@@ -148,6 +149,18 @@ def _parser() -> argparse.ArgumentParser:
         help="the file to write, .svg or .png; - is standard output (default: LAYOUT.svg, with what else is chosen)",
     )
     show.set_defaults(run=_show, refuse=show.error)
+
+    why = commands.add_parser("why", help="which backend and kernels each layer of a checkpoint would go to, and why")
+    why.add_argument("path", help="a safetensors file, or a directory of them; the config.json beside it is read")
+    why.add_argument("--arch", help="of another machine's GPU, as gfx950 or sm_90 (default: this machine)")
+    why.add_argument(
+        "--aiter", help="a version of aiter, as v0.1.20, installed here or not (default: the installed one)"
+    )
+    why.add_argument("--tokens", type=_positive, nargs="+", default=[], help="answer for these numbers (default: all)")
+    why.add_argument("--activation", choices=list(ACTIVATIONS), help="instead of what config.json says")
+    why.add_argument("--topk", type=_positive, help="experts of a token, instead of what config.json says")
+    why.add_argument("--json", action="store_true", help="a JSON object, for other programs")
+    why.set_defaults(run=_why)
 
     tune = commands.add_parser(
         "tune",
@@ -276,6 +289,15 @@ def _show(options: argparse.Namespace) -> bool:
         raise ValueError(f"a picture is written as .svg or .png, found {output}")
     output.write_bytes(png(svg) if kind == ".png" else svg.encode())
     print(output)
+    return False
+
+
+def _why(options: argparse.Namespace) -> bool:
+    from shuffled_tensor.why import why
+
+    asked = {name: getattr(options, name) for name in ("arch", "aiter", "tokens", "activation", "topk")}
+    found = why(options.path, **asked)
+    print(found.json() if options.json else found)
     return False
 
 

@@ -9,15 +9,17 @@ from functools import cache
 
 import torch
 
-__all__ = ["arch", "override_arch", "real_arch"]
+__all__ = ["arch", "meant", "meta_as", "override_arch", "real_arch"]
 
 _OVERRIDES: list[tuple[torch.device | None, str]] = []
+_META_AS: list[torch.device] = []
 
 
 def arch(device: torch.device | str) -> str:
     """``"gfx950"``, ``"gfx942"``, ``"sm_90"``, or the device's type where that says all (``"cpu"``)."""
     if isinstance(device, str):
         device = torch.device(device)
+    device = meant(device)
     for scope, name in reversed(_OVERRIDES):
         if device.type in ("cpu", "cuda") if scope is None else _covers(scope, device):
             return name
@@ -33,6 +35,22 @@ def override_arch(name: str, device: torch.device | str | None = None) -> Iterat
         yield
     finally:
         _OVERRIDES.remove(entry)
+
+
+@contextmanager
+def meta_as(device: torch.device) -> Iterator[None]:
+    """Inside, what is asked about a layer on the meta device, which has sizes only, is answered as if it were on this
+    one, for every thread."""
+    _META_AS.append(device)
+    try:
+        yield
+    finally:
+        _META_AS.remove(device)
+
+
+def meant(device: torch.device) -> torch.device:
+    """The device that is asked about: itself, but for the meta device inside of :func:`meta_as`."""
+    return _META_AS[-1] if device.type == "meta" and _META_AS else device
 
 
 def _covers(scope: torch.device, device: torch.device) -> bool:

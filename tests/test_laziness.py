@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +21,9 @@ from torch import Tensor, nn
 from shuffled_tensor import ShuffledMXFP4Tensor, arch, explain, fused_moe, override_arch, prepare
 from shuffled_tensor.backends import base, triton
 from shuffled_tensor.backends.aiter import versions
-from shuffled_tensor.backends.doctor import doctor
+from shuffled_tensor.backends.doctor import _DRIVERS, doctor
 from shuffled_tensor.moe import op
+from shuffled_tensor.moe.models import MODELS
 from shuffled_tensor.testing import fake_aiter
 
 from .support.layer import MoE, ShuffleCount, make_layer, make_weight
@@ -264,7 +268,7 @@ def test_doctor() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU: its report is shown here")
-    with fake_aiter("v0.1.18 and later"):
+    with fake_aiter("v0.1.18 and later", tuned=False):
         plain = run()
         with override_arch("gfx950"):
             target = run()
@@ -280,6 +284,14 @@ cpu           cpu
   triton      no: it compiles for GPUs, found cpu
   reference   yes, reads any layout
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
+routes        on cpu, of the layers of
+  DeepSeek V3 and R1  reference, plain torch
+  Kimi K2             reference, plain torch
+  Qwen3               reference, plain torch
+  DeepSeek V4         reference, plain torch
+  gpt-oss             reference, plain torch
+  MiniMax-M3          reference, plain torch
+  Kimi-K3             reference, plain torch
 to change     nothing: neither aiter nor triton runs here, and the reference backend runs everything
 
 verdict       gfx950: the aiter backend, and reference for the calls that it does not take
@@ -291,6 +303,14 @@ cpu           gfx950
   triton      no: it compiles for GPUs, found cpu
   reference   yes, reads any layout
 layouts       'none', 'mxfp4_moe', 'mxfp4_separated'
+routes        on cpu, of the layers of
+  DeepSeek V3 and R1  aiter, FlyDSL a4w4
+  Kimi K2             aiter, FlyDSL a4w4
+  Qwen3               aiter, FlyDSL a4w4
+  DeepSeek V4         aiter, FlyDSL a4w4
+  gpt-oss             aiter, 1 to 255 tokens: CK-Tile a16w4, K in parts; 256 or more tokens: FlyDSL a4w4
+  MiniMax-M3          aiter, 1 to 255 tokens: CK-Tile a16w4, K in parts; 256 or more tokens: FlyDSL a4w4
+  Kimi-K3             reference, plain torch
 to change     nothing: weights are shuffled on first use""",
     )
     with override_arch("gfx950"):
@@ -321,12 +341,19 @@ def test_doctor_on_another_gpu(
     installed: bool, too_old: str | None, here: str, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(triton, "_installed", lambda: installed)
     monkeypatch.setattr(triton, "_too_old", lambda device: too_old)
     monkeypatch.setattr(triton, "_version", lambda: "3.6.0")
     with override_arch("sm_90", "cuda"), fake_aiter("v0.1.18 and later"):
         report = doctor().splitlines()
-    assert report[report.index("cuda:0        sm_90") + 2] == f"  triton      {here}"
+    gpu = report.index("cuda:0        sm_90")
+    assert report[gpu + 1] == "  GPU         NVIDIA H200, 140.0 GiB"
+    assert report[gpu + 3] == f"  triton      {here}"
+    computes = "triton, triton w4a16" if "yes" in here else "reference, plain torch"
+    routes = report.index("routes        on cuda:0, of the layers of")
+    assert [line[22:] for line in report[routes + 1 : -1]] == [computes] * len(MODELS)
     assert report[-1] == f"to change     {change}"
     runs = (
         "triton backend, and reference for the calls that it does not take"
@@ -335,6 +362,46 @@ def test_doctor_on_another_gpu(
     )
     assert report[0].startswith(f"verdict       sm_90: the {runs}")
     assert f"triton        {'3.6.0' if installed else 'not installed'}" in report
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (
+            "NVIDIA",
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\nGCC version:  gcc 12.3.0\n",
+            "NVIDIA 570.124.06",
+        ),
+        ("NVIDIA", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\n", "NVIDIA 535.104.05"),
+        ("amdgpu", "6.12.12\n", "amdgpu 6.12.12"),
+        (None, "", "of unknown version"),
+    ],
+)
+def test_doctor_says_versions(
+    name: str | None, text: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the driver as Linux says it, where there is a GPU; and of packages that are installed."""
+    (tmp_path / "version").write_text(text)
+    for each in _DRIVERS:
+        monkeypatch.setitem(_DRIVERS, each, tmp_path / ("version" if each == name else "nothing"))
+    versions_of = {"safetensors": "0.6.2"}
+
+    def version(name: str) -> str:
+        if name in versions_of:
+            return versions_of[name]
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "driver" not in doctor() or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    properties = SimpleNamespace(name="a GPU", total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(triton, "_too_old", lambda device: None)
+    with override_arch("sm_90", "cuda"), fake_aiter("v0.1.18 and later"):
+        report = doctor().splitlines()
+    assert f"driver        {said}" in report
+    assert "safetensors   0.6.2" in report
+    assert not any(line.startswith("transformers") for line in report)
 
 
 def test_capturing_a_graph_before_first_use_is_refused(device: str) -> None:

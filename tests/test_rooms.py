@@ -39,7 +39,9 @@ ROOMS = (
     ("linear", "modules", "checkpoint", "picture", "rank_picture"),
     ("updates",),
     ("integrations",),
-    ("transformers", "cli", "testing"),
+    ("transformers", "testing"),
+    ("why",),
+    ("cli",),
     ("__main__",),
 )
 UPWARDS = {("modules", "integrations")}

@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[list[str], int]] = {
     "convert": (["convert", "others", "converted"], 0),
     "show": (["show", "mxfp4_moe"], 0),
     "show on standard output": (["show", "--ranks", "2", "--output", "-"], 0),
+    "why": (["why", "others", "--arch", "gfx950", "--aiter", "v0.1.20"], 0),
     "doctor": (["doctor"], 0),
     "tune": (["tune", *SIZES], 1),
     "version": (["--version"], 0),

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shuffled_tensor.device import arch
+from shuffled_tensor.device import arch, meant
 from shuffled_tensor.layouts import Layout
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.moe.op import Choice, Description
@@ -104,7 +104,7 @@ def unavailable(backend: Backend, device: torch.device) -> str | None:
                 raise ValueError(f"SHUFFLED_TENSOR_BACKENDS names {name!r}; known backends: {known}")
         if backend.name not in names:
             return f"SHUFFLED_TENSOR_BACKENDS={named} leaves it out"
-    return backend.available(device)
+    return backend.available(meant(device))
 
 
 def select(call: MoECall[PackedWeight], wanted: Sequence[str] | None) -> Choice:

@@ -117,7 +117,8 @@ def load_experts(
             for _, layer, cut, _ in plan:
                 for weight in layer:
                     _verify(weight, cut)
-        with progress("loading experts", 2 * len(plan), "weights") as done:
+        count = sum(not tensor.is_meta for *_, targets in plan for tensor in targets[:2])
+        with progress("loading experts", count, "weights") as done:
             for _, layer, cut, targets in plan:
                 for weight, tensor, bias in zip(layer, targets[:2], targets[2:], strict=True):
                     if tensor.is_meta:
@@ -132,13 +133,14 @@ def load_experts(
                         weight.check_whole(partial(_checksum, weight, tensor))
                     done(1)
     loaded = {name: targets for name, _, _, targets in plan}
-    _log.info(
-        "loaded the experts of %d layers, %.2f GiB, from %s in %.2f s",
-        len(plan),
-        sum(_nbytes(tensor) for targets in loaded.values() for tensor in targets[:2]) / 2**30,
-        files.path,
-        time.perf_counter() - start,
-    )
+    if count:  # on the meta device nothing was read
+        _log.info(
+            "loaded the experts of %d layers, %.2f GiB, from %s in %.2f s",
+            len(plan),
+            sum(_nbytes(tensor) for targets in loaded.values() for tensor in targets[:2]) / 2**30,
+            files.path,
+            time.perf_counter() - start,
+        )
     return loaded
 
 

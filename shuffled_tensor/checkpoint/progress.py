@@ -22,9 +22,10 @@ _SECONDS = 30.0
 def progress(what: str, total: int, unit: str, position: int = 0) -> Iterator[Callable[[int], object]]:
     """What is given is to be told how many units more are done. Bytes (``"B"``) are shown in KB, MB, and so on.
 
-    ``position`` is the bar's line, where there are several at once.
+    No bar is shown of nothing. ``position`` is the bar's line, where there are several at once.
     """
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", position=position, disable=None) as bar:
+    hidden = None if total else True  # None: where there is no terminal
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", position=position, disable=hidden) as bar:
         done, told = 0, time.monotonic()
 
         def tell(more: int) -> None:

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,6 +52,9 @@ class Way:
         return dict(self.tags) if self.tells_configuration else {}
 
 
+_NAME = re.compile(r"v[0-9][^ ]*|#[0-9]+|[0-9a-f]{10}")
+"""A release, a pull request or a commit."""
+
 _SEPARATED, _INTERLEAVE = Way(SEPARATED, "separated"), Way(MOE, "interleave")
 
 
@@ -62,6 +66,8 @@ class Version:
     """What users have: a release, or the pull request, and where it had several versions, by what this one is told."""
     since: str
     """Commits and releases that are known as it."""
+    later: str = field(default="", kw_only=True)
+    """Those that came after these."""
     probe: Callable[[Probed], bool]
     scale_rule: ScaleRule
     """By which it quantises activations to MXFP4; its first HIP kernels have a rule of their own."""
@@ -75,6 +81,12 @@ class Version:
     """Whether it quantises to MXFP8, rather than cut activations to float8."""
     expert_mask: bool = True
     """Whether kernels that take one are given local experts' numbers to find biases by."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it can be asked for by: its own, and those of releases, pull requests and commits."""
+        listed = ", ".join((self.name, self.since, self.later)).split(", ")
+        return tuple(dict.fromkeys((self.name, *(name for name in listed if _NAME.fullmatch(name)))))
 
     @property
     def layout(self) -> Layout:
@@ -157,6 +169,7 @@ VERSIONS = (
         "v0.1.18 and later", "#3832, b2dd7703df, v0.1.16.post4, v0.1.17-longctx, v0.1.18",
         lambda p: p.has("_mxfp4_a4w4_stage1_fw"),
         "round_up", (_SEPARATED, _INTERLEAVE), inter_real=True,
+        later="v0.1.16.post6, v0.1.19, v0.1.20, v0.1.20.post1, de07f3885e, e4048607a5, #4398, 2bb3bca2df",
     ),
     Version(
         "v0.1.16, v0.1.17", "v0.1.16, v0.1.17",
@@ -220,6 +233,20 @@ def version_of(probed: Probed) -> Version | None:
     return next((version for version in VERSIONS if version.probe(probed)), None)
 
 
+def version_named(name: str) -> Version:
+    """The row that a release (with or without its "v"), a pull request or a commit is known as.
+
+    Raises:
+        ValueError: there is none; the message lists what is known.
+    """
+    for version in sorted(VERSIONS, key=lambda version: version.name != name):  # some have a pull request in common
+        if name in version.names or f"v{name}" in version.names:
+            return version
+    names = {each for version in VERSIONS for each in version.names if _NAME.fullmatch(each)}
+    known = sorted(names, key=lambda each: ("v#".find(each[0]) % 3, each))
+    raise ValueError(f"unknown version of aiter {name!r}; known are {', '.join(known)}")
+
+
 def forget(module: ModuleType) -> None:
     """Drop what was found about an aiter that is no longer loaded."""
     _FOUND.pop(module, None)
@@ -254,7 +281,7 @@ def unusable(device: torch.device) -> str | None:
     """Why aiter cannot run anything on this device, or None."""
     if arch(device) != ARCH:
         found = arch(device)
-        here = found if found == device.type else f"{device}, which is {found}"
+        here = found if device.type in (found, "meta") else f"{device}, which is {found}"
         return f"aiter's MXFP4 kernels run on {ARCH}, not on {here}"
     try:
         detect()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shuffled_tensor.backends.base import Backend
+from shuffled_tensor.device import arch
 from shuffled_tensor.layouts import LAYOUTS, Layout
 from shuffled_tensor.moe.call import MoECall, PackedWeight
 from shuffled_tensor.moe.op import MANY, Description, Kernels
@@ -32,7 +33,7 @@ class Triton(Backend):
     name = "triton"
 
     def available(self, device: torch.device) -> str | None:
-        return unusable(device)
+        return _unusable_there(arch(device)) if device.type == "meta" else unusable(device)
 
     def remedy(self, device: torch.device) -> str | None:
         if device.type != "cuda" or _too_old(device) or _installed():
@@ -73,6 +74,13 @@ def unusable(device: torch.device) -> str | None:
     return _too_old(device) or (None if _installed() else "no triton is installed")
 
 
+def _unusable_there(name: str) -> str | None:
+    """The same of a machine that is only spoken of, by its architecture: PyTorch's build for its GPU brings Triton."""
+    if name.startswith("gfx"):
+        return None
+    return _older(divmod(int(name[3:]), 10)) if name.startswith("sm_") else f"it compiles for GPUs, found {name}"
+
+
 def _installed() -> bool:
     return find_spec("triton") is not None
 
@@ -87,7 +95,8 @@ def _version() -> str:
 
 @cache
 def _too_old(device: torch.device) -> str | None:
-    if torch.version.hip:
-        return None
-    found = torch.cuda.get_device_capability(device)
+    return None if torch.version.hip else _older(torch.cuda.get_device_capability(device))
+
+
+def _older(found: tuple[int, int]) -> str | None:
     return None if found >= _OLDEST else f"it needs compute capability 8.0 or later, found {found[0]}.{found[1]}"
