@@ -249,7 +249,8 @@ def _convert(options: argparse.Namespace) -> bool:
             single_file=options.single_file,
         )
     except KeyboardInterrupt:
-        print(f"the same command goes on from what is in {options.destination}.partial", file=sys.stderr)
+        if Path(f"{options.destination}.partial").exists():
+            print(f"the same command goes on from what is in {options.destination}.partial", file=sys.stderr)
         raise
     return False
 

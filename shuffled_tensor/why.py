@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from shuffled_tensor.backends.aiter import versions
-from shuffled_tensor.checkpoint.inspection import _size as in_words
+from shuffled_tensor.checkpoint.inspection import in_words
 from shuffled_tensor.checkpoint.load import Experts, load_experts
 from shuffled_tensor.checkpoint.source import CheckpointError
 from shuffled_tensor.device import arch as arch_of
@@ -176,6 +176,10 @@ def why(
     version = None
     if aiter is not None and aiter.removeprefix("v") != versions.release():  # else the installed one answers
         version = versions.version_named(aiter)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, found {activation!r}")
+    if topk is not None and topk < 1:
+        raise ValueError(f"topk must be 1 or more, found {topk}")
     layers = _load(path)
     biases = any(layer.w13_bias is not None or layer.w2_bias is not None for layer in layers.values())
     layer, sources = _call(Path(path), biases, activation, topk)
@@ -229,8 +233,10 @@ def _call(
         except ValueError as error:
             raise CheckpointError(f"{beside} is no JSON: {error}") from error
         try:
+            if not isinstance(config, dict):
+                raise ValueError("no JSON object")
             layer = layer_in(config, activation)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{beside}: {error}; --activation says what the layers have") from error
         said = f"config.json of {layer.model_type}"
         sources = {"activation": said, "topk": said if layer.topk else "assumed, since config.json does not say"}

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def assert_is_the_model(folder: Path) -> None:
 def test_names_and_bytes_are_kept(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     converted = tmp_path / "converted"
     assert main(["convert", str(source), str(converted)]) == 0
-    assert re.fullmatch(r"wrote 4 weights, .* to .*converted in .* s\n", capsys.readouterr().err)
+    assert re.search(r"\nwrote 4 weights, .* to .*converted in .* s\n$", capsys.readouterr().err)
     shard_names = [f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors" for shard in range(SHARDS)]
     beside = ["config.json", "model.safetensors.index.json", RECORD, "tokenizer.json"]
     assert sorted(path.name for path in converted.iterdir()) == sorted([*shard_names, *beside])
@@ -280,7 +282,7 @@ def test_damage_on_the_way(
     monkeypatch.setattr(Files, "_fill", flipping)
     with pytest.raises(CheckpointError, match="damaged"):
         convert(source, tmp_path / "converted", layout=layout)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not (tmp_path / "converted").exists()
     convert(source, tmp_path / "converted", layout=layout)
     assert_is_the_model(tmp_path / "converted")
 
@@ -364,3 +366,108 @@ def test_a_weight_of_another_model_in_a_converted_directory(source: Path, tmp_pa
         load_experts(converted)
     (converted / RECORD).unlink()  # and whoever knows better removes it
     assert isinstance(load_experts(converted)[name].w2, ShuffledMXFP4Tensor)
+
+
+# --- what must not be lost
+
+
+def test_the_source_is_not_where_it_would_be_written(source: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "model.partial"
+    source.rename(partial)
+    before = {path.name: path.read_bytes() for path in partial.glob("*.*")}
+    with pytest.raises(ValueError, match="is where .*model would be written first, and the source; rename it"):
+        convert(partial, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in partial.glob("*.*")} == before
+    one = tmp_path / "one.safetensors.partial"
+    save_plain(model(), one)
+    with pytest.raises(ValueError, match="and the source; rename it"):
+        convert(one, tmp_path / "one.safetensors")
+    assert_is_the_model(one)
+    with pytest.raises(ValueError, match="would be a shard of the source"):
+        convert(partial, partial / "one.safetensors", single_file=True)
+
+
+def test_somebody_elses_directory_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "converted.partial" / "more").mkdir(parents=True)
+    (tmp_path / "converted.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"converted.partial, which is to be written, is there, and not of a conver"
+    ):
+        convert(source, tmp_path / "converted")
+    assert sorted(path.name for path in (tmp_path / "converted.partial").iterdir()) == ["more", "thesis.txt"]
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="dangling exists"):
+        convert(source, tmp_path / "dangling")
+
+
+def stopped(source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
+    """A conversion that has written all shards, and what it left."""
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_copy_what_is_beside", lambda *_, **__: (_ for _ in ()).throw(_Stop))
+        with pytest.raises(_Stop):
+            convert(source, destination, **options)
+    return destination.with_name(f"{destination.name}.partial")
+
+
+@pytest.mark.parametrize("layout", ["canonical", "mxfp4_moe"])
+def test_a_shard_that_was_damaged_between_two_runs(
+    layout: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(stopped(source, tmp_path / "converted", monkeypatch, layout=layout), "lm_head.weight")
+    with pytest.raises(CheckpointError, match="lm_head.weight was damaged while it was written"):
+        convert(source, tmp_path / "converted", layout=layout)
+    convert(source, tmp_path / "converted", layout=layout)
+    assert torch.equal(plain(tmp_path / "converted")["lm_head.weight"], others()["lm_head.weight"])
+    assert not (tmp_path / "converted" / ".begun").exists()
+
+
+def test_another_source_of_the_same_names_sizes_and_times(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two versions of a model, out of one kind of archive."""
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    for shard in sorted(other.glob("*.safetensors")):
+        flip(other, next(name for name in load_plain(shard) if name in others()))
+        os.utime(shard, ns=(0, 0))
+        os.utime(source / shard.name, ns=(0, 0))
+    stopped(source, tmp_path / "converted", monkeypatch, layout="mxfp4_moe")
+    convert(other, tmp_path / "converted", layout="mxfp4_moe")
+    found, expected = plain(tmp_path / "converted"), plain(other)
+    assert all(torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in others())
+
+
+def test_a_weight_that_the_record_names_and_nobody_has(source: Path, tmp_path: Path) -> None:
+    converted, name = tmp_path / "converted", layer_name("quark", 10)
+    convert(source, converted)
+    (converted / "model.safetensors.index.json").unlink()
+    for shard in converted.glob("*.safetensors"):
+        save_plain({key: data for key, data in load_plain(shard).items() if not key.startswith(name)}, shard)
+    message = rf"{re.escape(name)}.w13_weight, of which shuffled_tensor.json in .* has a checksum, is not there"
+    with pytest.raises(CheckpointError, match=message.replace("w13", "w2")):
+        load_experts(converted)
+    assert main(["verify", str(converted)]) == 1
+    assert load_experts(converted, prefix=f"{layer_name('quark')}.").keys() == {layer_name("quark")}
+
+
+def test_an_order_of_rows_that_the_record_contradicts(tmp_path: Path) -> None:
+    name, layer = "model.layers.3.mlp.experts", LAYERS[layer_name("quark")]
+    (tmp_path / "source").mkdir()
+    tensors = {
+        f"{name}.{projection}.{suffix}": data
+        for projection, parts in (("gate_up_proj", layer.w13), ("down_proj", layer.w2))
+        for suffix, data in zip(("weight", "weight_scale"), parts, strict=True)
+    }
+    save_plain(tensors, tmp_path / "source" / "model.safetensors")
+    convert(tmp_path / "source", tmp_path / "converted", row_order="contiguous")
+    with pytest.raises(
+        ValueError, match=r"shuffled_tensor.json says that rows of .*w13_weight are contiguous, not inter"
+    ):
+        load_experts(tmp_path / "converted", row_order="interleaved", rank=0, world_size=2, dim="intermediate")
+
+
+def test_what_is_left_out_is_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    convert(source, tmp_path / "converted")
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        f"left out what is beside the shards of {source}: original, pytorch_model.bin"
+    ]

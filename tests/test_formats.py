@@ -334,6 +334,32 @@ def plain_shared(format: str, hidden: int, intermediate: int, dtype: torch.dtype
     }
 
 
+def test_numbered_shared_experts(tmp_path: Path) -> None:
+    shared = make_dense(2, 64, 128)
+    tensors = {
+        name.replace("experts.", "shared_experts."): data
+        for name, data in in_format("quark", shared, layer_name("quark")).items()
+    }
+    path = store(tensors, tmp_path, "file")
+    assert_is(load_experts(path)[shared_name("quark")], shared, bias=False)
+
+
+@pytest.mark.parametrize("format", ["quark", "deepseek"])  # compressed-tensors would take Quark's as well
+def test_a_layer_of_another_format_is_left_out_where_one_is_named(
+    format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where both call codes alike, or scales."""
+    tensors = {}
+    for number, each in enumerate(SHARED):
+        tensors |= in_format(each, make_dense(2, 64, 64, salt=number), f"layers.{number}.mlp.experts")
+    path, own = store(tensors, tmp_path, "file"), SHARED.index(format)
+    with caplog.at_level(logging.WARNING, "shuffled_tensor"):
+        (found,) = load_experts(path, format=format).items()  # type: ignore[arg-type]
+    assert found[0] == f"layers.{own}.mlp.experts"
+    assert_is(found[1], make_dense(2, 64, 64, salt=own), bias=False)
+    assert len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", SHARED)
 def test_unquantised_shared_experts(tmp_path: Path, format: str, dtype: torch.dtype) -> None:

@@ -60,19 +60,25 @@ def convert(
     Raises:
         FileNotFoundError: there is no source, or no folder for the destination.
         FileExistsError: the destination exists.
-        CheckpointError: the source is damaged, or what was written is not what was read; nothing is left of it then.
-        ValueError: an unknown layout, format or row order; a directory that would get a file's name.
+        CheckpointError: the source is damaged, or what was written is not what was read; that file is removed then.
+        ValueError: an unknown layout, format or row order; a directory that would get a file's name; a destination that
+            would change the source.
         OSError: the destination cannot be written; another run goes on from there.
     """
     wanted = ROW_MAJOR if layout == "canonical" else find_layout(layout)
     destination, begun = Path(destination), time.perf_counter()
-    if destination.exists():
+    if os.path.lexists(destination):
         raise FileExistsError(f"{destination} exists; remove it, or give another name")
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"no such folder to write to: {destination.parent}")
+    partial = destination.with_name(f"{destination.name}.partial")
     with Files(source) as files:
+        if partial.exists() and partial.samefile(files.path):
+            raise ValueError(f"{partial} is where {destination} would be written first, and the source; rename it")
         found = (weight for layer in find_layers(files, "", format, row_order).values() for weight in layer)
         weights = manifest_weights(files) | {weight.name: weight for weight in found}
+        if single_file and files.path.is_dir() and destination.parent.samefile(files.path):
+            raise ValueError(f"{destination} would be a shard of the source; give it another folder")
         if single_file or not files.path.is_dir():
             shards = under_our_names(files, weights.values(), wanted, lambda name: destination.name)
             with _bars(destination, shards) as (written, compared):
@@ -80,11 +86,11 @@ def convert(
         elif destination.suffix == ".safetensors":
             raise ValueError(f"a directory becomes a directory, and {destination} is a file's name; see single_file")
         else:
-            _to_directory(files, weights, wanted, destination)
+            shards = _to_directory(files, weights, wanted, destination, partial)
         _log.info(
             "wrote %d weights, %.2f GiB with all else, to %s in %.1f s",
             len(weights),
-            sum(files.stored(name)[2] for name in files) / 2**30,
+            sum(shard.nbytes for shard in shards.values()) / 2**30,
             destination,
             time.perf_counter() - begun,
         )
@@ -108,16 +114,19 @@ def _bars(destination: Path, shards: Mapping[str, Shard]) -> Iterator[tuple[_Tol
         yield written, compared
 
 
-def _to_directory(files: Files, weights: dict[str, Weight], layout: Layout, destination: Path) -> None:
+def _to_directory(
+    files: Files, weights: dict[str, Weight], layout: Layout, destination: Path, partial: Path
+) -> dict[str, Shard]:
     row_major = all(weight.entry is None or weight.entry.layout is ROW_MAJOR for weight in weights.values())
     kept = layout is ROW_MAJOR and row_major
     if kept:
         shards = as_they_are(files, weights.values())
     else:
         shards = under_our_names(files, weights.values(), layout, lambda name: files.file(name).name)
-    partial = destination.with_name(f"{destination.name}.partial")
-    if not partial.is_dir() or partial.is_symlink():
+    if not os.path.lexists(partial):
         partial.mkdir()
+    elif partial.is_symlink() or not partial.is_dir() or (any(partial.iterdir()) and not (partial / _BEGUN).exists()):
+        raise FileExistsError(f"{partial}, which is to be written, is there, and not of a conversion; remove it")
     with open(own_file(partial / _BEGUN), "r+b") as begun, _bars(destination, shards) as (written, compared):
         lock(begun, partial / _BEGUN)
         source = _fingerprint(files, weights, layout)
@@ -129,38 +138,42 @@ def _to_directory(files: Files, weights: dict[str, Weight], layout: Layout, dest
             begun.truncate()
             begun.write(source)
             begun.flush()
-        try:
-            for name, shard in shards.items():
-                if (partial / name).exists():
-                    written(shard.nbytes)
-                    compared(sum(part.nbytes for key, part in shard.parts.items() if key not in shard.compared_later))
-                else:
-                    shard.write(partial / name, written, compared)
-            _copy_what_is_beside(files, partial, index=kept)
-            if kept:
-                _write_beside(weights, partial, compared)
-            elif len(shards) > 1:
-                _write_index(shards, partial / f"model{INDEX}")
-        except CheckpointError:
-            shutil.rmtree(partial)
-            raise
-        (partial / _BEGUN).unlink()
-        os.replace(partial, destination)
+        for name, shard in shards.items():
+            if (partial / name).exists():
+                written(shard.nbytes)
+                shard.compare(partial / name, compared)
+            else:
+                shard.write(partial / name, written, compared)
+        _copy_what_is_beside(files, partial, but={*shards}, index=kept)
+        if kept:
+            _write_beside(weights, partial, compared)
+        elif len(shards) > 1:
+            _write_index(shards, partial / f"model{INDEX}")
+        os.replace(partial, destination)  # before it is no more a conversion's, so that no other run begins in it
+        (destination / _BEGUN).unlink()
+    return shards
 
 
 def _fingerprint(files: Files, weights: dict[str, Weight], layout: Layout) -> bytes:
     """Of what a conversion is made of: another run goes on with what is there where it is the same."""
-    of = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files.files()]
+    of = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files.files()]
     found = [(weight.name, weight.row_order, weight.shape) for weight in weights.values()]
-    return json.dumps([layout.name, of, found]).encode()
+    return json.dumps([layout.name, of, found, list(files)]).encode()
 
 
-def _copy_what_is_beside(files: Files, partial: Path, *, index: bool) -> None:
+def _copy_what_is_beside(files: Files, partial: Path, *, but: set[str], index: bool) -> None:
     """Configuration, tokenizer and the like."""
-    for path in files.path.iterdir():
+    left_out = []
+    for path in sorted(files.path.iterdir()):
         made_anew = path.name == manifest.BESIDE or (path.name.endswith(INDEX) and not index)
-        if path.is_file() and not (path.suffix in _OTHER_WEIGHTS or path.name.startswith(".") or made_anew):
+        if path.name in but or path.name.startswith(".") or made_anew:
+            continue
+        if path.is_file() and path.suffix not in _OTHER_WEIGHTS:
             shutil.copyfile(path, partial / path.name)
+        else:
+            left_out.append(path.name)
+    if left_out:
+        _log.warning("left out what is beside the shards of %s: %s", files.path, ", ".join(left_out))
 
 
 def _write_beside(weights: dict[str, Weight], partial: Path, compared: _Told) -> None:
@@ -171,6 +184,8 @@ def _write_beside(weights: dict[str, Weight], partial: Path, compared: _Told) ->
             # the same tensors, elsewhere: they lie as in the source
             found = replace(weight, files=files).checksums()
             if found.whole != (weight.recorded or weight.checksums()).whole:
+                for shard in {files.file(tensor) for tensor in weight.names()}:
+                    shard.unlink()
                 raise CheckpointError(
                     f"{name} of {weight.files.path} is damaged, or was while it was written; try again"
                 )

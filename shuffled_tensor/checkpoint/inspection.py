@@ -30,7 +30,7 @@ from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.tensor.checksums import checksums
 from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, shard_range
 
-__all__ = ["Finding", "inspect", "shares", "table"]
+__all__ = ["Finding", "in_words", "inspect", "shares", "table"]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def table(findings: list[Finding]) -> str:
                 finding.format,
                 "x".join(map(str, finding.shape)),
                 finding.layout,
-                _size(finding.nbytes) if finding.nbytes else "",
+                in_words(finding.nbytes) if finding.nbytes else "",
                 finding.scales,
                 finding.checksum[:12],
                 "; ".join(finding.problems) or nothing,
@@ -180,7 +180,7 @@ def table(findings: list[Finding]) -> str:
         for row in zip(*columns, strict=True)
     ]
     layers = len({finding.name.rpartition(".")[0] for finding in findings})
-    total = _size(sum(finding.nbytes for finding in findings))
+    total = in_words(sum(finding.nbytes for finding in findings))
     return "\n".join([*lines, f"weights: {len(findings)}, layers: {layers}, size: {total}"])
 
 
@@ -200,12 +200,15 @@ def shares(findings: list[Finding], ranks: int) -> str:
             lines.append(f"{ranks} ranks by {dim}: {finding.name}: {error}")
         else:
             each = (
-                f"{_size(int(min(held)))} to {_size(int(max(held)))}" if min(held) < max(held) else _size(int(held[0]))
+                f"{in_words(int(min(held)))} to {in_words(int(max(held)))}"
+                if min(held) < max(held)
+                else in_words(int(held[0]))
             )
             lines.append(f"{ranks} ranks by {dim}: {each} each")
     return "\n".join(lines)
 
 
-def _size(nbytes: int) -> str:
+def in_words(nbytes: int) -> str:
+    """A number of bytes, as people say it."""
     unit, name = next((each for each in ((2**30, "GiB"), (2**20, "MiB")) if nbytes >= each[0]), (2**10, "KiB"))
     return f"{nbytes / unit:.1f} {name}"

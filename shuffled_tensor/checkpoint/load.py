@@ -90,8 +90,8 @@ def load_experts(
         The layers by name (``"model.layers.3.mlp.experts"``): w13 ``[E, 2I, K]``, gate rows first, and w2 ``[E, K,
         I]``, either a :class:`ShuffledMXFP4Tensor` or, where the checkpoint does not quantise it, plain and in its
         dtype; biases ``[E, 2I]`` and ``[E, K]`` in theirs, or None. Shared experts in any other quantisation are left
-        out, with a warning in the log. Weights with checksums have been compared with them, also where a rank reads
-        some experts, if all of each.
+        out, with a warning in the log. Weights with checksums have been compared with them; some experts, all of each,
+        where these have their own, which files from before do not.
 
     Raises:
         FileNotFoundError: nothing is there.

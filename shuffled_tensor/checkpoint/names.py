@@ -111,7 +111,7 @@ def _parse(name: str, format: str) -> _Name | None:
         match = pattern.fullmatch(name)
         if match is not None:
             layer = match["prefix"] or ""
-            number = None if row is _OWN else "0" if is_shared(layer) else match["expert"]
+            number = None if row is _OWN else match["expert"] or ("0" if is_shared(layer) else None)
             expert = None if number is None else int(number)
             which, half = row.names[match["projection"]]
             order = "apart" if row.apart else row_order
@@ -230,7 +230,16 @@ def unknown_tensors(
     for layer in sorted(left_out - own - theirs - set(found)):
         why = "its weights are neither MXFP4 nor plain" if is_shared(layer) else "its names are not those of the format"
         _log.warning("left out %s of %s: %s", layer, files.path, why)
-    return {layer: _unknown(files, layer, names) for layer, names in sorted(found.items())}
+    problems = {layer: _unknown(files, layer, names) for layer, names in sorted(found.items())}
+    if format == "auto":
+        there = {weight.name for _, weights in layers for weight in weights.values()}
+        for name in manifest.parse_beside(files.path):
+            if name.startswith(prefix) and name not in there:
+                problems[name.rpartition(".")[0]] = (
+                    f"{name}, of which {manifest.BESIDE} in {files.path} has a checksum, is not there: a shard is "
+                    "missing or was changed; remove that file if this is meant"
+                )
+    return problems
 
 
 def _unknown(files: Files, layer: str, names: list[str]) -> str:
@@ -268,6 +277,8 @@ def group_layers(
             record = beside.get(base)
             gate_up = said.which == "w13"
             told = None if said.row_order or not gate_up else row_order or (record.row_order if record else None)
+            if told is not None and record is not None and record.row_order not in (None, told):
+                raise ValueError(f"{manifest.BESIDE} says that rows of {base} are {record.row_order}, not {told}")
             weights[said.which] = Weight(files, base, gate_up, said.row_order or told, told)
             weights[said.which].beside = None if record is None else record.checksums
         weight, key = weights[said.which], (said.expert, said.half)
@@ -277,18 +288,27 @@ def group_layers(
         named[key] = name
         if name.endswith(".qdata"):
             weight.entry = entries[files.file(name)].get(name.removesuffix(".qdata"))
-    for layer in [layer for layer, weights in found.items() if _is_foreign(layer, weights)]:
+    for layer in [layer for layer, weights in found.items() if _is_foreign(files, layer, weights, format)]:
         del found[layer]
     if not found:
         raise CheckpointError(f"no tensor of {_among(files, prefix)} is named as in format {format!r}")
     return dict(sorted(found.items()))
 
 
-def _is_foreign(layer: str, weights: dict[str, Weight]) -> bool:
-    """Whether these are shared experts in some other quantisation, as DeepSeek V4's are in fp8."""
-    codes = [(weight.files, name) for weight in weights.values() for name in weight.tensors[CODES].values()]
+def _is_foreign(files: Files, layer: str, weights: dict[str, Weight], format: str) -> bool:
+    """Whether these are experts of another format that calls codes or scales alike, or shared ones in some other
+    quantisation, as DeepSeek V4's are in fp8."""
+    codes, scales = ([name for w in weights.values() for name in w.tensors[part].values()] for part in PARTS)
+    if not (codes and scales):
+        found, missing = (codes, SCALES) if codes else (scales, CODES)
+        for other, (parts, _) in PART_NAMES.items():
+            for name in found if other != format else ():
+                stems = [name.removesuffix(suffix) for suffix in parts if name.endswith(suffix)]
+                ends = [suffix for suffix, part in parts.items() if part is missing]
+                if any(stem + end in files for stem in stems for end in ends):
+                    return True
     known = (*CODES.dtypes, *PLAIN_DTYPES)
-    return is_shared(layer) and bool(codes) and not any(files.is_any_of(name, known) for files, name in codes)
+    return is_shared(layer) and bool(codes) and not any(files.is_any_of(name, known) for name in codes)
 
 
 def _known(format: str) -> str:

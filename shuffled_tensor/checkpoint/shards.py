@@ -57,6 +57,18 @@ class Shard:
             finish=lambda partial: self._metadata(self._compare(partial, compared)),
         )
 
+    def compare(self, path: Path, compared: Callable[[int], object]) -> None:
+        """Compare a file that an earlier run has written; it is removed where it is not what is read.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        try:
+            self._compare(path, compared)
+        except CheckpointError:
+            path.unlink()
+            raise
+
     def _metadata(self, checksums: Mapping[str, Checksums]) -> dict[str, str]:
         entries = {name: entry._replace(checksums=checksums[name]) for name, entry in self.entries.items()}
         return {"format": "pt", **self.metadata, **(manifest.dump(entries) if entries else {})}

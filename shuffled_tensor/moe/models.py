@@ -77,7 +77,8 @@ def layer_in(config: Mapping[str, Any], activation: ActivationName | None = None
     gpt-oss and MiniMax-M3 are known by their names, or by a ``swiglu_alpha``: they say ``"silu"`` and mean SwiGLU.
 
     Raises:
-        ValueError: an activation that :func:`shuffled_tensor.fused_moe` does not have.
+        TypeError, ValueError: an activation that :func:`shuffled_tensor.fused_moe` does not have, or what is no number
+            of experts, or no parameter.
     """
     text = config.get("text_config") or config
     said: Mapping[str, Any] = {} if activation is not None else text
@@ -99,6 +100,8 @@ def layer_in(config: Mapping[str, Any], activation: ActivationName | None = None
         if value is not None:
             parameters[name] = float(value)
     topk = next((text[name] for name in _TOPK if text.get(name)), None)
+    if topk is not None and (type(topk) is not int or topk < 1):
+        raise ValueError(f"a token goes to {topk!r} experts")
     return Layer(str(config.get("model_type") or "no model_type"), activation, parameters, topk)
 
 
