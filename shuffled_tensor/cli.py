@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", help="a safetensors file, or a directory of them")
     inspect.add_argument("--read", action="store_true", help="read the weights too, and compare them with checksums")
     inspect.add_argument("--ranks", type=_positive, help="say what each of so many ranks would hold")
-    inspect.add_argument("--json", action="store_true", help="a JSON list, an object a weight, for other programs")
+    _add_json(inspect)
     _add_names(inspect)
     inspect.set_defaults(run=_inspect)
 
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "verify", help="compare every weight with its checksum; exit 1 where one is damaged, 3 where none has one"
     )
     verify.add_argument("path", help="a safetensors file, or a directory of them")
+    _add_json(verify)
     _add_names(verify)
     verify.set_defaults(run=_verify)
 
@@ -191,6 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="JSON, an object a weight, for other programs")
+
+
 def _add_names(command: argparse.ArgumentParser) -> None:
     """What a checkpoint's names may leave open."""
     command.add_argument("--format", default="auto", help="of the checkpoint, where its names do not tell")
@@ -209,12 +214,16 @@ def _positive(text: str) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> bool:
-    from shuffled_tensor.checkpoint.inspection import inspect, shares, table
+    from shuffled_tensor.checkpoint.inspection import inspect, shares, shares_in_words, table
 
     findings = inspect(options.path, read=options.read, format=options.format, row_order=options.row_order)
-    print(json.dumps([asdict(finding) for finding in findings], indent=1) if options.json else table(findings))
-    if options.ranks and not options.json:
-        print(shares(findings, options.ranks))
+    ranks = shares(findings, options.ranks) if options.ranks else {}
+    if options.json:
+        print(json.dumps({"weights": [asdict(finding) for finding in findings], "ranks": ranks}, indent=1))
+    else:
+        print(table(findings))
+        if ranks:
+            print(shares_in_words(ranks, options.ranks))
     return any(finding.problems for finding in findings)
 
 
@@ -222,18 +231,18 @@ def _verify(options: argparse.Namespace) -> int:
     from shuffled_tensor.checkpoint.inspection import inspect
 
     findings = inspect(options.path, read=True, format=options.format, row_order=options.row_order)
-    for finding in findings:
-        for problem in finding.problems:
-            print(f"{finding.name}: {problem}")
     recorded = sum(finding.recorded for finding in findings)
     damaged = sum(bool(finding.problems) for finding in findings)
-    print(f"{len(findings)} weights read, {recorded} compared with a checksum, {damaged} with problems")
-    if damaged:
-        return 1
-    if not recorded:
-        print("no file has a checksum to compare with; convert writes one for every weight")
-        return _NOTHING_TO_COMPARE
-    return 0
+    if options.json:
+        print(json.dumps({"weights": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        for finding in findings:
+            for problem in finding.problems:
+                print(f"{finding.name}: {problem}")
+        print(f"{len(findings)} weights read, {recorded} compared with a checksum, {damaged} with problems")
+        if not damaged and not recorded:
+            print("no file has a checksum to compare with; convert writes one for every weight")
+    return 1 if damaged else 0 if recorded else _NOTHING_TO_COMPARE
 
 
 def _convert(options: argparse.Namespace) -> bool:

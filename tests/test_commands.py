@@ -160,13 +160,28 @@ def test_ranks_of_weights_under_other_names(folder: Path, capsys: pytest.Capture
 
 def test_inspect_for_other_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", ".", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["weights"]
     assert [(row["name"], tuple(row["shape"]), row["problems"]) for row in rows] == [
         (finding.name, finding.shape, []) for finding in inspect(".")
     ]
     assert sum(row["nbytes"] for row in rows) == sum(data.nbytes for data in deepseek().values()) + sum(
         make_weight(name).numel() // 2 + make_weight(name).numel() // 32 for name in ("w13", "w2")
     )
+
+
+def test_ranks_and_damage_for_other_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "deepseek.safetensors", "--json", "--ranks", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    total = sum(data.nbytes for data in deepseek().values())
+    assert found["ranks"] == {"expert": [total // 2] * 2, "intermediate": [total * 3 // 5, total * 2 // 5]}
+    assert main(["verify", "deepseek.safetensors", "--json"]) == 3
+    assert [row["recorded"] for row in json.loads(capsys.readouterr().out)["weights"]] == [False, False]
+    flip(folder / "ours.safetensors", f"{LAYER}.w2_weight.qdata")
+    assert main(["verify", "ours.safetensors", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["weights"]
+    assert [bool(row["problems"]) for row in rows] == [False, True]
+    assert main(["inspect", "deepseek.safetensors", "--json", "--ranks", "3"]) == 0
+    assert "cannot be parted into 3" in json.loads(capsys.readouterr().out)["ranks"]["expert"]
 
 
 def test_layers_come_in_the_order_of_their_numbers(folder: Path) -> None:

@@ -30,7 +30,7 @@ from shuffled_tensor.layouts import ROW_MAJOR
 from shuffled_tensor.tensor.checksums import checksums
 from shuffled_tensor.tensor.geometry import RowOrder, ShardDim, shard_range
 
-__all__ = ["Finding", "in_words", "inspect", "shares", "table"]
+__all__ = ["Finding", "in_words", "inspect", "shares", "shares_in_words", "table"]
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,10 @@ def table(findings: list[Finding]) -> str:
     return "\n".join([*lines, f"weights: {len(findings)}, layers: {layers}, size: {total}"])
 
 
-def shares(findings: list[Finding], ranks: int) -> str:
-    """What each of so many ranks would hold of these, parted along either dimension: a line each, or why not."""
-    lines = []
+def shares(findings: list[Finding], ranks: int) -> dict[ShardDim, list[int] | str]:
+    """How many bytes of these each of so many ranks would hold, by the dimension that they share, or why that cannot
+    be."""
+    found: dict[ShardDim, list[int] | str] = {}
     for dim in get_args(ShardDim):
         held = [0.0] * ranks
         try:
@@ -197,14 +198,23 @@ def shares(findings: list[Finding], ranks: int) -> str:
                     part = size if whole else len(shard_range(size, rank, ranks, dim))
                     held[rank] += finding.nbytes * part / size
         except ValueError as error:
-            lines.append(f"{ranks} ranks by {dim}: {finding.name}: {error}")
+            found[dim] = f"{finding.name}: {error}"
         else:
-            each = (
-                f"{in_words(int(min(held)))} to {in_words(int(max(held)))}"
-                if min(held) < max(held)
-                else in_words(int(held[0]))
-            )
-            lines.append(f"{ranks} ranks by {dim}: {each} each")
+            found[dim] = list(map(int, held))
+    return found
+
+
+def shares_in_words(shares: dict[ShardDim, list[int] | str], ranks: int) -> str:
+    """The same as text, a line for each dimension."""
+    lines = []
+    for dim, held in shares.items():
+        if isinstance(held, str):
+            said = held
+        elif min(held) < max(held):
+            said = f"{in_words(min(held))} to {in_words(max(held))} each"
+        else:
+            said = f"{in_words(held[0])} each"
+        lines.append(f"{ranks} ranks by {dim}: {said}")
     return "\n".join(lines)
 
 
