@@ -134,6 +134,7 @@ def test_a_rank_compares_the_experts_that_it_reads(layout: str, source: Path, tm
     owner.w13_weight, owner.w2_weight = torch.nn.Parameter(whole.w13.zero_()), torch.nn.Parameter(whole.w2.zero_())
     with pytest.raises(CheckpointError, match=message):
         load_experts(converted, prefix=f"{name}.", rank=0, world_size=4, into=module)
+    assert not owner.w13_weight.dequantize().any()
     assert not owner.w2_weight.dequantize().any()
     for rank in range(1, 4):
         loaded = load_experts(converted, rank=rank, world_size=4)[name]
@@ -301,6 +302,23 @@ def test_two_runs_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     convert(source, tmp_path / "converted")
     assert tried
     assert_is_the_model(tmp_path / "converted")
+
+
+def test_another_run_while_the_directory_gets_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def another(here: Path, there: Path) -> None:
+        if Path(there).name == "converted":
+            with pytest.raises(BlockingIOError, match="another run is writing .*partial"):
+                convert(source, tmp_path / "converted", layout="mxfp4_moe")
+        replace(here, there)
+
+    monkeypatch.setattr(os, "replace", another)
+    convert(source, tmp_path / "converted")
+    assert_is_the_model(tmp_path / "converted")
+    assert not (tmp_path / "converted" / ".begun").exists()
 
 
 def test_what_is_in_the_way(source: Path, tmp_path: Path) -> None:
