@@ -38,6 +38,7 @@ ROOMS = (
     ("backends",),
     ("linear", "modules", "checkpoint", "picture"),
     ("updates",),
+    ("distributed",),
     ("integrations",),
     ("transformers", "cli", "testing"),
     ("__main__",),

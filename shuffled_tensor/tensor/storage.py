@@ -24,6 +24,7 @@ from shuffled_tensor.layouts import ROW_MAJOR, ROW_ORDERS, Layout, Order, expert
 from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window, slice_of
+from shuffled_tensor.tensor.place import Agreement, Place
 from shuffled_tensor.tensor.unwritten import Unwritten
 from shuffled_tensor.tensor.validity import State, Validity
 
@@ -46,6 +47,8 @@ class PackedStorage:
         locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None. See
             :meth:`lock_layout`.
         sent: whether the memory was sent to another process.
+        place: which part of a whole this is; None where it is one.
+        agreed: with which ranks the layout was agreed on, in the sense of a collective; apart from the lock.
         validity: in which layout the bytes are, and whether they are a weight now.
         lock: held wherever bytes and layout must agree.
         running: of each call that reads the bytes now, a lock that it holds; nobody changes them before it is free.
@@ -57,9 +60,11 @@ class PackedStorage:
         "_owned",
         "_unwritten",
         "_writers",
+        "agreed",
         "geometry",
         "lock",
         "locked_layout",
+        "place",
         "qdata",
         "requested_layout",
         "running",
@@ -90,6 +95,8 @@ class PackedStorage:
         self.running: set[threading.RLock] = set()
         self._owned: int | None = None
         self._unwritten: Unwritten | None = None
+        self.place: Place | None = None
+        self.agreed: Agreement | None = None
 
     @property
     def layout(self) -> Layout:

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: MIT
+"""Weights of several ranks: which bytes may travel between them, and how."""
+
+from shuffled_tensor.distributed.agreement import agree_
+from shuffled_tensor.tensor.place import Place
+
+__all__ = ["Place", "agree_"]
