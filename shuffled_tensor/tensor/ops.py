@@ -176,14 +176,14 @@ def to_copy(
 def index(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> ShuffledMXFP4Tensor:
     """A copy of the experts that one vector picks."""
     picked = _expert_vector(self, indices)
-    return _map_bytes(self, lambda data: data[picked])
+    return _picked_by(self, lambda data: data[picked])
 
 
 @copies(aten.index_select.default)
 def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> ShuffledMXFP4Tensor:
     """A copy of the experts that a vector picks."""
     _check_experts(self, dim, "index_select")
-    return _map_bytes(self, lambda data: data.index_select(0, index))
+    return _picked_by(self, lambda data: data.index_select(0, index))
 
 
 @copies(aten.cat.default)
@@ -210,10 +210,13 @@ def stack(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
 def zeros_like(
     self: ShuffledMXFP4Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **ignored: Any
 ) -> ShuffledMXFP4Tensor:
-    """Zeros in the same layout: what is not written yet (after ``Module.to_empty``) is defined all the same."""
+    """Zeros in the same layout, agreed on with the same ranks: what is not written yet (after ``Module.to_empty``) is
+    defined all the same."""
     check_logical_dtype(dtype or self.dtype)
     out = _map_bytes(self, lambda data: torch.zeros_like(data, device=device), dtype)
     out._storage.scale.fill_(SCALES.pad)
+    if not self.is_part_of_experts:
+        out._storage.agreed = self._storage.agreed
     return out
 
 
@@ -474,12 +477,22 @@ def _check_source(self: ShuffledMXFP4Tensor, source: Tensor) -> None:
 def _map_bytes(
     self: ShuffledMXFP4Tensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
 ) -> ShuffledMXFP4Tensor:
-    """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must not mix."""
+    """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must neither mix
+    nor bring into another order."""
     storage = materialized(self) if self.is_part_of_experts else self._storage
     experts = storage.experts if self.is_part_of_experts else self._window.experts
     with storage.held():
         qdata, scale = (function(data) for data in storage.select(experts))
-        return self._like(storage.with_bytes(qdata, scale), dtype)
+        copied = storage.with_bytes(qdata, scale)
+    copied.place = self.parted
+    return self._like(copied, dtype)
+
+
+def _picked_by(self: ShuffledMXFP4Tensor, function: Callable[[Tensor], Tensor]) -> ShuffledMXFP4Tensor:
+    """A copy of some experts, in any order: a whole of its own."""
+    out = _map_bytes(self, function)
+    out._storage.place = None
+    return out
 
 
 def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> Tensor:

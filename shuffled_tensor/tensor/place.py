@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from shuffled_tensor.layouts import Layout
+from shuffled_tensor.mxfp4 import BLOCK
 
 __all__ = ["Agreement", "Place"]
 
@@ -19,7 +20,7 @@ class Place(NamedTuple):
             piece; or a tuple, where they were listed, as by a rebalance. Then others may hold some of the same, and
             each is a piece of its own; one may come twice.
         rows: which rows of each half, gate and up, or of the one there is.
-        columns: which columns.
+        columns: which columns, in whole blocks of 32.
     """
 
     shape: tuple[int, int, int]
@@ -33,12 +34,26 @@ class Place(NamedTuple):
         experts, rows, columns = shape
         return cls(shape, range(experts), range(rows // halves), range(columns))
 
-    def is_whole(self, halves: int) -> bool:
-        """Whether nothing is elsewhere."""
-        return self == Place.whole(self.shape, halves)
+    def check(self, shape: tuple[int, int, int], halves: int) -> None:
+        """Raise ValueError where a part of this shape, whose rows are two halves or one, cannot lie so."""
+        found = len(self.experts), halves * len(self.rows), len(self.columns)
+        if found != shape:
+            raise ValueError(f"this place is one of a part of shape {list(found)}, and the part has {list(shape)}")
+        whole = Place.whole(self.shape, halves)
+        inside = all(
+            every == range(every.start, every.stop) and all_of.start <= every.start and every.stop <= all_of.stop
+            for every, all_of in ((self.rows, whole.rows), (self.columns, whole.columns))
+        )
+        blocks = self.columns.start % BLOCK == self.columns.stop % BLOCK == 0
+        if not (inside and blocks and all(expert in whole.experts for expert in self.experts)):
+            raise ValueError(
+                f"a part lies within experts, rows of each half, and columns in whole blocks of {BLOCK}, of its whole, "
+                f"found {self}"
+            )
 
     def part(self, *, experts: range | None = None, rows: range | None = None, columns: range | None = None) -> Place:
-        """Of a part of this part, whose experts, rows of each half and columns are numbered as they lie here."""
+        """The place of a part of this part, whose experts, rows of each half and columns are numbered as they lie
+        here."""
         return Place(
             self.shape,
             self.experts if experts is None else _picked(self.experts, experts),
@@ -48,7 +63,7 @@ class Place(NamedTuple):
 
 
 def _picked(held: range | tuple[int, ...], experts: range) -> range | tuple[int, ...]:
-    if isinstance(held, range) and held.step == experts.step == 1:
+    if isinstance(held, range) and experts.step == 1:
         return held[experts.start : experts.stop]
     return tuple(held[expert] for expert in experts)
 
