@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""What torch.distributed does to weights: more rows of ``ShuffledMXFP4Tensor.operations``.
+
+Two ways: as the bytes lie, between ranks that have agreed; or row-major and without pads, and laid out by whoever
+receives it. Rows are named, because a torch without torch.distributed does not have these operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from shuffled_tensor.distributed.agreement import check_agreed
+from shuffled_tensor.mxfp4 import PARTS, Part
+from shuffled_tensor.tensor.storage import PackedStorage
+from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
+
+__all__ = ["COLLECTIVES"]
+
+between = partial(ShuffledMXFP4Tensor.operations.implements, group="Between ranks")
+
+
+class _Collective(NamedTuple):
+    """Where an operator of c10d takes what."""
+
+    received: int | None
+    """The argument that it writes, if it does."""
+    group: int
+
+
+COLLECTIVES = {
+    "send": _Collective(None, 1),
+    "recv_": _Collective(0, 1),
+    "broadcast_": _Collective(0, 1),
+    "allgather_": _Collective(0, 2),
+    "_allgather_base_": _Collective(0, 2),
+    "alltoall_": _Collective(0, 2),
+    "alltoall_base_": _Collective(0, 2),
+}
+"""By the names of c10d's operators: those that move bytes as they lie."""
+
+
+def _moved(name: str, *args: Any) -> Any:
+    """Moves codes and scales as they lie, between ranks that called ``agree_`` for the weights; others are refused
+    before anything travels, and so is a weight beside a plain tensor."""
+    received, place = COLLECTIVES[name]
+    what = f"torch.distributed's {name.strip('_')}"
+    group = dist.ProcessGroup.unbox(args[place])
+    weights = _weights_in(what, args[:place])
+    for weight in weights:
+        check_agreed(weight, group, what)
+    if len({(weight._storage.layout, weight._storage.geometry.sizes) for weight in weights}) > 1:
+        raise ValueError(f"{what} takes weights of one layout and one size of expert")
+    into = [] if received is None else _weights_in(what, args[received])
+    if name == "broadcast_" and group.rank() == args[2]:
+        into = []
+    with _receiving(into):
+        return _started(getattr(torch.ops.c10d, name).default, args, group, weights[0].device, into)
+
+
+for _name in COLLECTIVES:
+    between(f"c10d::{_name}")(partial(_moved, _name))
+
+
+def _weights_in(what: str, args: Any) -> list[ShuffledMXFP4Tensor]:
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    weights = [tensor for tensor in tensors if isinstance(tensor, ShuffledMXFP4Tensor)]
+    if len(weights) < len(tensors):
+        raise TypeError(
+            f"{what} of a ShuffledMXFP4Tensor and a plain tensor: their bytes are not alike; make the other one with "
+            "torch.empty_like(weight), or pass .dequantize() of this one"
+        )
+    return weights
+
+
+@contextmanager
+def _receiving(weights: Sequence[ShuffledMXFP4Tensor]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for storage in {id(weight._storage): weight._storage for weight in weights}.values():
+            stack.enter_context(storage.receiving())
+        yield
+
+
+def _started(
+    operator: Any, args: tuple[Any, ...], group: dist.ProcessGroup, device: torch.device, into: Sequence[Any]
+) -> Any:
+    """The operator on codes and on scales: in one launch where the backend can, and with one piece of work to wait
+    for."""
+    # inside torch's own coalescing, as batch_isend_irecv does it, both belong to that
+    one_launch = group._get_backend(device).supports_coalescing
+    ours = one_launch and group not in distributed_c10d._world.pg_coalesce_state
+    works: list[Any] = []
+    out: Any = None
+    if ours:
+        group._start_coalescing(device)
+    try:
+        for part in PARTS:
+            out = operator(*_bytes_in(args, part))
+            works.append(out[-1] if isinstance(out, tuple) else out)
+    finally:
+        ended = group._end_coalescing(device) if ours else None
+    if ended is not None:
+        boxed = ended.boxed()
+    else:  # one launch may leave nothing to wait for: then both are on the current stream
+        boxed = works[-1] if one_launch else _Both(works, into).boxed()
+    return (args[0], boxed) if isinstance(out, tuple) else boxed
+
+
+def _bytes_in(args: tuple[Any, ...], part: Part) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = tree_map_only(ShuffledMXFP4Tensor, lambda weight: weight.bytes_around(part), args)
+    return found
+
+
+class _Both(dist.Work):
+    """Work on codes and work on scales as one."""
+
+    _pending: ClassVar[set[_Both]] = set()
+    """Those that nobody has waited for: torch keeps only the C++ half of an object, which knows nothing."""
+
+    def __init__(self, works: Sequence[Any], into: Sequence[ShuffledMXFP4Tensor]) -> None:
+        super().__init__()
+        self.works = [dist.Work.unbox(work) for work in works]
+        self.into = [weight._storage for weight in into]
+        self._pending.add(self)
+
+    def wait(self, *timeout: Any) -> bool:
+        self._pending.discard(self)
+        try:
+            done = [work.wait(*timeout) for work in self.works]  # for all of them
+        except BaseException:
+            for storage in self.into:
+                storage.validity.touch("receiving bytes of another rank")
+            raise
+        for storage in self.into:
+            storage.validity.largest_scale = None  # somebody may have looked too early
+        return all(done)
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self.works)
+
+
+# --- row-major on the way
+
+
+def _logical(weight: ShuffledMXFP4Tensor) -> list[Tensor]:
+    """Codes and scales of a tensor, row-major and without pads, in memory of their own."""
+    return [data.contiguous() for data in weight._storage.read(weight._window)]
+
+
+@between("_c10d_functional::all_gather_into_tensor")
+def all_gather_into_tensor(self: ShuffledMXFP4Tensor, group_size: int, group_name: Any) -> ShuffledMXFP4Tensor:
+    """Experts of all ranks behind each other: as they lie where ``agree_`` was called, else row-major on the way and
+    laid out at the next use. Its bytes are waited for at once."""
+    if self.dim() != 3:
+        raise NotImplementedError(
+            "experts are gathered along dim 0 of three; view a single one [N, K] as [1, N, K], or gather .dequantize()"
+        )
+    storage, functional = self._storage, torch.ops._c10d_functional
+    as_they_lie = not self.is_part_of_experts and storage.agrees(_ranks_of(group_name))
+    given = [self.bytes_around(part) for part in PARTS] if as_they_lie else _logical(self)
+    with storage.held():
+        some = functional.all_gather_into_tensor_coalesced(
+            [data.contiguous() for data in given], group_size, group_name
+        )
+        qdata, scale = (functional.wait_tensor(data) for data in some)
+    if as_they_lie:
+        return self._like(
+            PackedStorage(qdata, scale, storage.geometry, storage.layout, storage.requested_layout, storage.row_order)
+        )
+    packed = PackedStorage.pack(
+        qdata,
+        scale,
+        gate_up=self.gate_up,
+        align=storage.geometry.align,
+        requested_layout=storage.requested_layout,
+    )
+    return self._like(packed)
+
+
+def _ranks_of(group: Any) -> list[int]:
+    """Of the default group. torch names groups here, or from 2.13 on may hand them over."""
+    if isinstance(group, str):
+        group = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+    return dist.get_process_group_ranks(group)
+
+
+@between("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
+def wait_tensor(self: ShuffledMXFP4Tensor) -> ShuffledMXFP4Tensor:
+    """The tensor as it is: nothing that a functional collective returned is still on its way."""
+    return self._view()
+
+
+@between("c10d::scatter_")
+def scatter_(outputs: list[Any], inputs: list[list[Any]], group: Any, root: int, *rest: Any) -> Any:
+    """Row-major on the way, codes and scales in one message, and laid out as the tensor that receives it."""
+    what = "torch.distributed's scatter"
+    (out,) = _weights_in(what, outputs)
+    sizes = [out.numel() // part.per_byte for part in PARTS]
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=out.device)
+    sent = []
+    for weight in _weights_in(what, inputs):
+        if weight.shape != out.shape or weight.gate_up != out.gate_up:
+            raise ValueError(
+                f"scatter takes weights of one shape, found {list(weight.shape)}, gate_up={weight.gate_up}, for "
+                f"{list(out.shape)}, gate_up={out.gate_up}"
+            )
+        sent.append(torch.cat([data.flatten() for data in _logical(weight)]))
+    _, boxed = torch.ops.c10d.scatter_([received], [sent] if sent else [], group, root, *rest)
+    work = dist.Work.unbox(boxed)
+    if work is not None:  # else it is on the current stream
+        work.wait()
+    experts, rows, columns = out._window.shape
+    parts = (
+        data.view(experts, rows, columns // part.per_byte)
+        for part, data in zip(PARTS, received.split(sizes), strict=True)
+    )
+    with out.writing():
+        out._storage.write(out._window, *parts)
+    return outputs, boxed

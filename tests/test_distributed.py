@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""Weights of several ranks, over gloo: what travels, what is refused, and what every rank holds afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from shuffled_tensor import ShuffledMXFP4Tensor, agree_
+
+from .support.bytes import coded, moderate_scales
+from .support.judges import dense
+from .support.ranks import Rank, on_ranks
+
+E, H, I = 8, 384, 128  # noqa: E741
+KINDS = ("mxfp4_moe", "none", "mxfp4_separated", "mxfp4_moe")
+"""By rank, where ranks differ."""
+NAMES = ("w13", "w2")
+
+
+def parts_of(name: str, experts: int = E, salt: int = 0) -> tuple[Tensor, Tensor]:
+    rows, columns, own = (2 * I, H, 0) if name == "w13" else (H, I, 3)
+    scale = moderate_scales(experts, rows, columns // 32, salt=7 + salt)
+    return coded(experts, rows, columns // 2, salt=own + salt), scale
+
+
+def make(name: str, kind: str = "none", experts: int = E, salt: int = 0, **given: Any) -> ShuffledMXFP4Tensor:
+    order = {"gate_up": True, "row_order": "contiguous"} if name == "w13" else {"gate_up": False}
+    return ShuffledMXFP4Tensor(*parts_of(name, experts, salt), **order, **given).shuffle_(kind)
+
+
+def values(name: str, experts: int = E, salt: int = 0) -> Tensor:
+    return dense(*parts_of(name, experts, salt))
+
+
+def assert_is(weight: Tensor, expected: Tensor, kind: str | None = None) -> None:
+    assert type(weight) is ShuffledMXFP4Tensor
+    assert weight.shape == expected.shape
+    assert torch.equal(weight.dequantize(torch.float64), expected)
+    assert kind is None or weight._storage.layout.name == kind
+
+
+def own(at: Rank, size: int = E) -> slice:
+    each = size // at.world
+    return slice(at.rank * each, (at.rank + 1) * each)
+
+
+# --- agreement
+
+
+@on_ranks(2, 4)
+def test_agreement_brings_layouts_together(at: Rank) -> None:
+    weights = {name: make(name, KINDS[at.rank], salt=at.rank) for name in NAMES}
+    addresses = [weight.qdata.data_ptr() for weight in weights.values()]
+    agree_(weights.values())
+    at.alike([weight._storage.layout.name for weight in weights.values()])
+    assert addresses == [weight.qdata.data_ptr() for weight in weights.values()]
+    for name, weight in weights.items():
+        assert_is(weight, values(name, salt=at.rank))
+        assert weight.layout_locked
+        with pytest.raises(RuntimeError, match="agreed on with other ranks"):
+            weight.shuffle_("none" if weight.is_shuffled else "mxfp4_moe")
+    agree_(weights.values())  # again
+
+
+@on_ranks(2)
+def test_agreement_takes_the_layout_that_one_rank_has_fixed(at: Rank) -> None:
+    weight = make("w2", "mxfp4_moe")
+    if at.rank == 1:
+        weight = make("w2", "mxfp4_separated", shuffle_kind="mxfp4_separated")
+    agree_(weight)
+    assert_is(weight, values("w2"), "mxfp4_separated")
+
+
+@on_ranks(2, 4)
+def test_agreement_refuses_alike_on_every_rank(at: Rank) -> None:
+    last = at.rank == at.world - 1
+
+    def refused(match: str, weight: Tensor, error: type[Exception] = ValueError) -> None:
+        with pytest.raises(error, match=match) as raised:
+            agree_([weight])
+        at.alike(str(raised.value))
+        assert weight._storage.agreed is None  # type: ignore[attr-defined]
+        assert not weight.layout_locked  # type: ignore[attr-defined]
+
+    refused("same rows, columns, gate_up and align", make("w13", "mxfp4_moe") if last else make("w2"))
+    refused("same rows, columns, gate_up and align", make("w2", align=128 if last else 256))
+    kind = "mxfp4_moe" if last else "mxfp4_separated"
+    refused("fixed to different layouts", make("w13", kind, shuffle_kind=kind))
+    weight = make("w2", "mxfp4_moe")
+    refused("view of rows or columns", weight[:, :32] if last else weight)
+    if last:
+        weight._storage.validity.touch("a test")
+    refused("cannot be used on every rank", weight)
+    with pytest.raises(ValueError, match="name as many weights") as raised:
+        agree_([make("w2")] * 1 if last else [make("w2"), make("w13")])
+    at.alike(str(raised.value))
+
+
+# --- collectives
+
+
+@on_ranks(2, 4)
+def test_nothing_travels_without_agreement(at: Rank) -> None:
+    weight, after = make("w13", "mxfp4_moe", salt=at.rank), (at.rank + 1) % at.world
+    calls: list[Callable[[], object]] = [
+        lambda: dist.broadcast(weight, 0),
+        lambda: dist.send(weight, after),
+        lambda: dist.recv(weight, after),
+        lambda: dist.all_gather([make("w13") for _ in range(at.world)], weight),
+        lambda: dist.all_to_all_single(make("w13"), weight),
+        lambda: dist.all_gather_into_tensor(make("w13", experts=E * at.world), weight),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r"call shuffled_tensor\.agree_\(weights, group\)"):
+            call()
+    with pytest.raises(NotImplementedError, match="packed codes are not added"):
+        dist.all_reduce(weight)
+    assert_is(weight, values("w13", salt=at.rank), "mxfp4_moe")
+
+
+@on_ranks(2, 4)
+def test_bytes_travel_as_they_lie_after_agreement(at: Rank) -> None:
+    weight = make("w13", KINDS[at.rank], salt=at.rank)
+    agree_(weight)
+    several = [torch.empty_like(weight) for _ in range(at.world)]  # agreed on as the weight is
+    exchanged = torch.empty_like(weight)
+    everything = make("w13", weight._storage.layout.name, experts=E * at.world)
+    agree_(everything)
+    whole = torch.cat([values("w13", salt=rank) for rank in range(at.world)])
+    dist.all_gather(several, weight)
+    for rank, found in enumerate(several):
+        assert_is(found, values("w13", salt=rank))
+    dist.all_gather_into_tensor(everything, weight)
+    assert_is(everything, whole)
+    dist.all_to_all_single(exchanged, weight)
+    assert_is(exchanged, torch.cat([values("w13", salt=rank)[own(at)] for rank in range(at.world)]))
+    before, after = (at.rank - 1) % at.world, (at.rank + 1) % at.world
+    received = torch.empty_like(weight)
+    swaps = [dist.P2POp(dist.isend, weight[2], after), dist.P2POp(dist.irecv, received[5], before)]
+    for work in dist.batch_isend_irecv(swaps):
+        work.wait()
+    assert_is(received[5], values("w13", salt=before)[2])
+    assert_is(received[:5], torch.zeros(5, 2 * I, H, dtype=torch.float64))
+    if at.rank == 0:
+        dist.send(weight, 1)
+    if at.rank == 1:
+        dist.recv(received, 0)
+        assert_is(received, values("w13"))
+    work = dist.broadcast(weight, 1, async_op=True)
+    assert work is not None
+    work.wait()
+    assert_is(weight, values("w13", salt=1))
+    weight.shuffle_(weight._storage.layout.name)  # where it is, still
+    with pytest.raises(TypeError, match="plain tensor: their bytes are not alike"):
+        dist.all_gather_into_tensor(torch.empty(E * at.world, 2 * I, H), weight)
+
+
+@on_ranks(2)
+def test_agreement_is_with_the_ranks_of_its_group(at: Rank) -> None:
+    alone = [dist.new_group([rank]) for rank in range(at.world)][at.rank]
+    weight = make("w2", KINDS[at.rank])
+    agree_([weight], alone)
+    assert weight._storage.agreed is not None
+    with pytest.raises(NotImplementedError, match="agree_"):
+        dist.broadcast(weight, 0)
+    copied = weight.clone()
+    agree_([copied])
+    dist.broadcast(copied, 0)
+    assert_is(copied, values("w2"))
+    with pytest.raises(NotImplementedError, match="agree_"):
+        dist.broadcast(copied.clone(), 0)  # whose layout is free again
+
+
+@on_ranks(2)
+def test_what_was_known_of_scales_is_forgotten_with_them(at: Rank) -> None:
+    codes, scale = parts_of("w2")
+    weight = ShuffledMXFP4Tensor(codes, torch.full_like(scale, 200 if at.rank == 0 else 100), gate_up=False)
+    agree_(weight)
+    weight._storage.largest_scale()
+    dist.broadcast(weight, 0)
+    assert weight._storage.largest_scale() == 200
+
+
+# --- DTensor
+
+
+@on_ranks(2, 4)
+def test_experts_in_a_dtensor(at: Rank) -> None:
+    mesh, full = init_device_mesh("cpu", (at.world,)), values("w13")
+    spread = distribute_tensor(make("w13", KINDS[at.rank]), mesh, [Shard(0)])
+    assert_is(spread.to_local(), full[own(at)])
+    assert_is(spread.full_tensor(), full)
+    assert spread.full_tensor().gate_up  # type: ignore[attr-defined]
+    everywhere = spread.redistribute(mesh, [Replicate()])
+    assert_is(everywhere.to_local(), full)
+    assert_is(everywhere.redistribute(mesh, [Shard(0)]).to_local(), full[own(at)])
+    mixed = DTensor.from_local(make("w13")[own(at)].clone().shuffle_(KINDS[at.rank]), mesh, [Shard(0)])
+    assert_is(mixed.full_tensor(), full)
+    agree_([mixed])
+    layout = mixed.to_local()._storage.layout.name
+    assert_is(mixed.full_tensor(), full, layout)
+    at.alike(layout)
+
+
+@on_ranks(2, 4)
+def test_rows_and_columns_of_w2_in_a_dtensor(at: Rank) -> None:
+    mesh, full = init_device_mesh("cpu", (at.world,)), values("w2")
+    for dim in (1, 2):
+        spread = distribute_tensor(make("w2", "mxfp4_moe"), mesh, [Shard(dim)])
+        assert_is(spread.to_local(), full.chunk(at.world, dim)[at.rank])
+        assert_is(spread.full_tensor(), full)
+    spread = distribute_tensor(make("w2", "mxfp4_moe"), mesh, [Shard(0)]).redistribute(mesh, [Shard(2)])
+    assert_is(spread.to_local(), full.chunk(at.world, 2)[at.rank])
+
+
+@on_ranks(2)
+def test_rows_of_gate_up_weights_are_not_joined(at: Rank) -> None:
+    mesh = init_device_mesh("cpu", (at.world,))
+    part = make("w13").shard(at.rank, at.world)
+    with pytest.raises(ValueError, match="gate, up, gate, up"):
+        DTensor.from_local(part, mesh, [Shard(1)]).full_tensor()
