@@ -16,6 +16,7 @@ from shuffled_tensor.moe.op import fused_moe
 from shuffled_tensor.mxfp4 import SCALE_RULES, dequantize, quantize
 from shuffled_tensor.picture import picture
 from shuffled_tensor.tensor import ops as _ops  # registers the operations
+from shuffled_tensor.tensor.dcp import sharded
 from shuffled_tensor.tensor.place import Place
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.saving import rebuild_storage, rebuild_weight
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from shuffled_tensor.distributed import agree_
 
 if _torch_distributed.is_available():  # some builds of torch do without
-    from shuffled_tensor import distributed as _distributed  # registers the operations between ranks
+    from shuffled_tensor import distributed as distributed  # registers the operations between ranks
 
 __version__ = "0.1.0.dev0"
 
@@ -72,6 +73,7 @@ __all__ = [
     "rebuild_weight",
     "refit",
     "save_file",
+    "sharded",
     "shuffle_scale",
     "shuffle_weight",
     "unshuffle_scale",

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, agree_
+from shuffled_tensor import ShuffledMXFP4Tensor, agree_, sharded
 
 from .support.bytes import coded, moderate_scales
 from .support.judges import dense
@@ -227,3 +228,105 @@ def test_rows_of_gate_up_weights_are_not_joined(at: Rank) -> None:
     part = make("w13").shard(at.rank, at.world)
     with pytest.raises(ValueError, match="gate, up, gate, up"):
         DTensor.from_local(part, mesh, [Shard(1)]).full_tensor()
+
+
+# --- checkpoints
+
+
+def split(name: str, how: str, at: Rank, kind: str = "none", salt: int = 0) -> ShuffledMXFP4Tensor:
+    """This rank's part of a weight."""
+    whole = make(name, salt=salt)
+    if how == "experts":
+        part = whole.shard(at.rank, at.world, dim="expert")
+    elif how == "intermediate":
+        part = whole.shard(at.rank, at.world)
+    elif how == "both":
+        pairs = at.world // 2
+        part = whole.shard(at.rank // 2, pairs, dim="expert").shard(at.rank % 2, 2)
+    elif how == "listed":  # in any order, some on several ranks, and one twice on the first
+        order = [(3 * expert + 1) % E for expert in range(E)]
+        listed = order[own(at)] + [order[0] if at.rank == 0 else at.rank]
+        part = whole[torch.tensor(listed)]
+        part.place = part.place._replace(shape=tuple(whole.shape), experts=tuple(listed))
+    else:
+        part = whole
+    return part.shuffle_(kind)
+
+
+SPLITS = ("experts", "intermediate", "both", "listed", "whole")
+
+
+@on_ranks(2, 4)
+def test_any_split_is_read_into_any_other(at: Rank) -> None:
+    for before in SPLITS:
+        saved = {name: split(name, before, at, KINDS[at.rank]) for name in NAMES}
+        dcp.save(sharded(saved), checkpoint_id=at.folder / before)
+        for after in SPLITS:
+            state = {name: split(name, after, at, KINDS[(at.rank + 1) % 4], salt=9) for name in NAMES}
+            addresses = [weight.qdata.data_ptr() for weight in state.values()]
+            dcp.load(sharded(state), checkpoint_id=at.folder / before)
+            assert addresses == [weight.qdata.data_ptr() for weight in state.values()]
+            for name, weight in state.items():
+                assert_is(weight, split(name, after, at).dequantize(torch.float64), KINDS[(at.rank + 1) % 4])
+        plain = {name: torch.zeros(values(name).shape, dtype=torch.bfloat16) for name in NAMES}
+        dcp.load(plain, checkpoint_id=at.folder / before)
+        for name in NAMES:
+            assert torch.equal(plain[name].double(), values(name))
+    dist.barrier()
+    for before in SPLITS:  # neither a pad nor a byte twice
+        size = sum(file.stat().st_size for file in (at.folder / before).glob("*.distcp"))
+        assert size < 1.1 * sum(values(name).numel() * 17 / 32 for name in NAMES)
+
+
+@on_ranks(2, 4)
+def test_a_dense_checkpoint_is_read_into_parts(at: Rank) -> None:
+    dcp.save({name: values(name).bfloat16() for name in NAMES}, checkpoint_id=at.folder)
+    for after in SPLITS:
+        state = {name: split(name, after, at, KINDS[at.rank], salt=9) for name in NAMES}
+        dcp.load(sharded(state), checkpoint_id=at.folder)
+        for name, weight in state.items():
+            assert_is(weight, split(name, after, at).dequantize(torch.float64), KINDS[at.rank])
+
+
+@on_ranks(2, 4)
+def test_parts_are_saved_as_they_were_when_staged(at: Rank) -> None:
+    parts = {name: split(name, "both" if at.world == 4 else "intermediate", at, KINDS[at.rank]) for name in NAMES}
+    mesh = init_device_mesh("cpu", (at.world,))
+    in_dtensor = DTensor.from_local(make("w13").shard(at.rank, at.world), mesh, [Shard(1)])
+    saving = dcp.async_save(sharded({**parts, "dtensor": in_dtensor}), checkpoint_id=at.folder)
+    for weight in (*parts.values(), in_dtensor.to_local()):
+        weight.zero_()
+    saving.result()
+    whole = {name: torch.zeros_like(make(name)) for name in NAMES}
+    whole["dtensor"] = torch.zeros_like(make("w13", "mxfp4_moe"))
+    dcp.load(whole, checkpoint_id=at.folder)
+    for name, weight in whole.items():
+        assert_is(weight, values("w13" if name == "dtensor" else name))
+
+
+@on_ranks(2, 4)
+def test_rows_of_gate_up_weights_need_a_place_in_a_dtensor(at: Rank) -> None:
+    mesh = init_device_mesh("cpu", (at.world,))
+
+    def around(weight: Tensor) -> DTensor:
+        return DTensor.from_local(weight, mesh, [Shard(1)])
+
+    dcp.save({"w": around(split("w13", "intermediate", at, KINDS[at.rank]))}, checkpoint_id=at.folder / "placed")
+    whole = torch.zeros_like(make("w13", "mxfp4_separated"))
+    dcp.load({"w": whole}, checkpoint_id=at.folder / "placed")
+    assert_is(whole, values("w13"))
+    part = torch.zeros_like(split("w13", "intermediate", at))
+    dcp.load({"w": around(part)}, checkpoint_id=at.folder / "placed")
+    expected = split("w13", "intermediate", at).dequantize(torch.float64)
+    assert_is(part, expected)
+    part._storage.place = None  # as one that was made of tensors that somebody else has cut
+    for call in (dcp.save, dcp.load):
+        with pytest.raises(
+            dcp.api.CheckpointException, match="no Shard says that these are the matching rows"
+        ) as error:
+            call({"w": around(part)}, checkpoint_id=at.folder / "placed")
+        assert len(error.value.failures) == at.world
+        assert_is(part, expected)
+    experts = torch.zeros_like(make("w13", "mxfp4_moe")[own(at)].clone())
+    dcp.load({"w": DTensor.from_local(experts, mesh, [Shard(0)])}, checkpoint_id=at.folder / "placed")
+    assert_is(experts, values("w13")[own(at)])

@@ -57,8 +57,8 @@ def check_agreed(weight: ShuffledMXFP4Tensor, group: dist.ProcessGroup | None, w
         )
     if not weight._storage.agrees(dist.get_process_group_ranks(group)):
         raise NotImplementedError(
-            f"{what} sends packed bytes as they lie, and other ranks may hold theirs in another layout or padding: call "
-            "shuffled_tensor.agree_(weights, group) on every rank first; or send .dequantize(), which is plain"
+            f"{what} sends packed bytes as they lie, and other ranks may hold theirs in another layout or padding: "
+            "call shuffled_tensor.agree_(weights, group) on every rank first; or send .dequantize(), which is plain"
         )
 
 

@@ -107,10 +107,10 @@ def _started(
             works.append(out[-1] if isinstance(out, tuple) else out)
     finally:
         ended = group._end_coalescing(device) if ours else None
+    # one launch may leave nothing to wait for: then both are on the current stream
+    boxed = works[-1] if one_launch else _Both(works, into).boxed()
     if ended is not None:
         boxed = ended.boxed()
-    else:  # one launch may leave nothing to wait for: then both are on the current stream
-        boxed = works[-1] if one_launch else _Both(works, into).boxed()
     return (args[0], boxed) if isinstance(out, tuple) else boxed
 
 
