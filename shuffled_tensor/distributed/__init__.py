@@ -3,9 +3,10 @@
 
 from shuffled_tensor.distributed import collectives as _collectives  # registers the operations between ranks
 from shuffled_tensor.distributed.agreement import agree_
+from shuffled_tensor.distributed.moves import Move, move_experts_, plan_moves
 from shuffled_tensor.distributed.push import broadcast_, scatter_
 from shuffled_tensor.tensor.place import Place
 
-__all__ = ["Place", "agree_", "broadcast_", "scatter_"]
+__all__ = ["Move", "Place", "agree_", "broadcast_", "move_experts_", "plan_moves", "scatter_"]
 
 del _collectives
