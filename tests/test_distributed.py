@@ -10,14 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, agree_, sharded
+from shuffled_tensor import ShuffledMXFP4Tensor, agree_, fused_moe, sharded
 
 from .support.bytes import coded, moderate_scales
-from .support.judges import dense
+from .support.judges import dense, dense_moe, relative_error
 from .support.ranks import Rank, on_ranks
 
 E, H, I = 8, 384, 128  # noqa: E741
@@ -330,3 +332,165 @@ def test_rows_of_gate_up_weights_need_a_place_in_a_dtensor(at: Rank) -> None:
     experts = torch.zeros_like(make("w13", "mxfp4_moe")[own(at)].clone())
     dcp.load({"w": DTensor.from_local(experts, mesh, [Shard(0)])}, checkpoint_id=at.folder / "placed")
     assert_is(experts, values("w13")[own(at)])
+
+
+# --- layers
+
+
+def tokens(count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(count)]).int()
+    return torch.randn(count, H, generator=generator), torch.rand(count, 2, generator=generator), ids
+
+
+def assert_right(found: Tensor) -> None:
+    x, topk_weight, ids = tokens()
+    expected = dense_moe(x, values("w13"), values("w2"), topk_weight, ids)
+    assert relative_error(found, expected) < 1e-5
+
+
+class Layer(nn.Module):
+    def __init__(self, kind: str = "none") -> None:
+        super().__init__()
+        self.w13_weight = nn.Parameter(make("w13", kind, dtype=torch.float32))
+        self.w2_weight = nn.Parameter(make("w2", kind, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        x, topk_weight, ids = tokens()
+        return fused_moe(x, self.w13_weight, self.w2_weight, topk_weight, ids)
+
+
+@on_ranks(4)
+def test_a_layer_of_experts_and_halves(at: Rank) -> None:
+    parts = [split(name, "both", at, KINDS[at.rank]) for name in NAMES]
+    x, topk_weight, ids = tokens()
+    mask = torch.zeros(E, dtype=torch.int32)
+    mask[list(parts[0].place.experts)] = 1
+    out = fused_moe(x, *parts, topk_weight, ids, expert_mask=mask)
+    dist.all_reduce(out)
+    assert_right(out)
+
+
+@on_ranks(2)
+def test_a_layer_of_dtensors_says_what_it_takes(at: Rank) -> None:
+    mesh, layer = init_device_mesh("cpu", (at.world,)), Layer()
+    for name, weight in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(DTensor.from_local(weight, mesh, [Replicate()]), requires_grad=False))
+    with pytest.raises(TypeError, match=r"pass its \.to_local\(\)"):
+        layer()
+
+
+@on_ranks(2, 4)
+def test_experts_that_do_not_come_out_even(at: Rank) -> None:
+    mesh, full = init_device_mesh("cpu", (at.world,)), values("w13", experts=7)
+    for source in (None, 0):
+        spread = distribute_tensor(make("w13", "mxfp4_moe", experts=7), mesh, [Shard(0)], src_data_rank=source)
+        assert_is(spread.to_local(), full.chunk(at.world)[at.rank])
+        assert_is(spread.full_tensor(), full)
+
+
+@on_ranks(2, 4)
+def test_state_dicts_of_dtensors(at: Rank) -> None:
+    mesh, layer = init_device_mesh("cpu", (at.world,)), Layer("mxfp4_moe")
+    for name, weight in list(layer.named_parameters()):
+        part = weight.detach()[own(at)].clone().shuffle_(KINDS[at.rank])
+        setattr(layer, name, nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)]), requires_grad=False))
+    full = get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    for name in NAMES if at.rank == 0 else ():
+        assert_is(full[f"{name}_weight"], values(name))
+    new = {f"{name}_weight": make(name, salt=5) for name in NAMES}
+    set_model_state_dict(layer, new, options=StateDictOptions(full_state_dict=True))
+    for name in NAMES:
+        assert_is(getattr(layer, f"{name}_weight").to_local(), values(name, salt=5)[own(at)], KINDS[at.rank])
+    plain = {f"{name}_weight": values(name).bfloat16() for name in NAMES} if at.rank == 0 else {}
+    set_model_state_dict(layer, plain, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name in NAMES:
+        assert_is(getattr(layer, f"{name}_weight").to_local(), values(name)[own(at)], KINDS[at.rank])
+
+
+# --- fully_shard
+
+
+def fully_sharded(kind: str, mesh: DeviceMesh, layer: nn.Module | None = None, **given: Any) -> nn.Module:
+    layer = layer or Layer(kind)
+    fully_shard(layer, mesh=mesh, **given)
+    return layer
+
+
+@on_ranks(2, 4)
+def test_packed_shards_are_gathered(at: Rank) -> None:
+    layer = fully_sharded("mxfp4_moe", init_device_mesh("cpu", (at.world,)))
+    for _ in range(3):
+        assert_right(layer())
+    layer.reshard()
+    shards = [weight.to_local() for weight in layer.parameters()]
+    assert all(type(shard) is ShuffledMXFP4Tensor for shard in shards)
+    assert sum(shard.nbytes for shard in shards) * at.world == sum(weight.nbytes for weight in Layer().parameters())
+    full = get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True))
+    assert_is(full["w13_weight"], values("w13"))
+    dcp.save(get_model_state_dict(layer), checkpoint_id=at.folder)
+    whole = torch.zeros_like(make("w13"))
+    dcp.load({"w13_weight": whole}, checkpoint_id=at.folder)
+    assert_is(whole, values("w13"))
+
+
+@on_ranks(2, 4)
+def test_shards_that_lie_differently_are_gathered(at: Rank) -> None:
+    layer = fully_sharded(KINDS[at.rank], init_device_mesh("cpu", (at.world,)))
+    for _ in range(2):
+        assert_right(layer())
+
+
+@on_ranks(2)
+def test_what_a_first_use_laid_out_is_gathered_again(at: Rank) -> None:
+    class Uses(Layer):
+        def forward(self) -> Tensor:
+            for weight, kind in zip(self.parameters(), ("mxfp4_separated", "mxfp4_moe"), strict=True):
+                weight.shuffle_(kind)  # type: ignore[operator]
+            return super().forward()
+
+    layer = fully_sharded("", init_device_mesh("cpu", (at.world,)), Uses("none"))
+    for _ in range(3):
+        assert_right(layer())
+
+
+@on_ranks(4)
+def test_replicas_of_shards_and_shards_of_experts(at: Rank) -> None:
+    layer = fully_sharded("mxfp4_moe", init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+    for _ in range(2):
+        assert_right(layer())
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "experts"))
+    rank, whole = mesh.get_local_rank("experts"), Layer("mxfp4_moe")
+
+    class Local(Layer):
+        def forward(self) -> Tensor:
+            x, topk_weight, ids = tokens()
+            mask = torch.zeros(E, dtype=torch.int32)
+            mask[rank * E // 2 : (rank + 1) * E // 2] = 1
+            weights = [weight.to_local() for weight in self.parameters()]  # type: ignore[operator]
+            return fused_moe(x, *weights, topk_weight, ids, expert_mask=mask)
+
+    layer = Local()
+    for name, weight in whole.named_parameters():
+        part = weight.detach()[rank * E // 2 : (rank + 1) * E // 2].clone()
+        placed = DTensor.from_local(part, mesh["experts"], [Shard(0)])
+        setattr(layer, name, nn.Parameter(placed, requires_grad=False))
+    fully_sharded("", mesh["data"], layer)
+    for _ in range(2):
+        out = layer()
+        dist.all_reduce(out, group=mesh.get_group("experts"))
+        assert_right(out)
+
+
+@on_ranks(2, 4)
+def test_what_fully_shard_cannot_part_is_refused_on_every_rank(at: Rank) -> None:
+    mesh = init_device_mesh("cpu", (at.world,))
+    with pytest.raises(ValueError, match="parts a ShuffledMXFP4Tensor along experts, dim 0, and not into"):
+        fully_sharded("mxfp4_moe", mesh, shard_placement_fn=lambda parameter: Shard(1))
+    layer = Layer()
+    layer.w13_weight = nn.Parameter(make("w13", experts=7))
+    uneven = fully_sharded("", mesh, layer)
+    with pytest.raises(ValueError, match="along experts, dim 0, in equal parts") as raised:
+        uneven()
+    at.alike(type(raised.value).__name__)
+    dist.barrier()

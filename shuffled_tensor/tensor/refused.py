@@ -99,7 +99,6 @@ REFUSED: dict[str, tuple[tuple[Operator, ...], str]] = {
             aten.gather.default,
             aten.scatter.src,
             aten.scatter.value,
-            aten.constant_pad_nd.default,
             aten.unfold.default,
             aten.ones_like.default,
             aten.full_like.default,
