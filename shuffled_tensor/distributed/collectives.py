@@ -34,16 +34,20 @@ class _Collective(NamedTuple):
     received: int | None
     """The argument that it writes, if it does."""
     group: int
+    in_one: bool
+    """Whether codes and scales go in one launch of NCCL. Not where NCCL copies what has come, which it would do before
+    the launch; nor between two ranks, for whom one launch takes a communicator of the whole group, which all of it
+    must have begun."""
 
 
 COLLECTIVES = {
-    "send": _Collective(None, 1),
-    "recv_": _Collective(0, 1),
-    "broadcast_": _Collective(0, 1),
-    "allgather_": _Collective(0, 2),
-    "_allgather_base_": _Collective(0, 2),
-    "alltoall_": _Collective(0, 2),
-    "alltoall_base_": _Collective(0, 2),
+    "send": _Collective(None, 1, False),
+    "recv_": _Collective(0, 1, False),
+    "broadcast_": _Collective(0, 1, True),
+    "allgather_": _Collective(0, 2, False),
+    "_allgather_base_": _Collective(0, 2, True),
+    "alltoall_": _Collective(0, 2, True),
+    "alltoall_base_": _Collective(0, 2, True),
 }
 """By the names of c10d's operators: those that move bytes as they lie."""
 
@@ -51,7 +55,7 @@ COLLECTIVES = {
 def _moved(name: str, *args: Any) -> Any:
     """Moves codes and scales as they lie, between ranks that called ``agree_`` for the weights; others are refused
     before anything travels, and so is a weight beside a plain tensor."""
-    received, place = COLLECTIVES[name]
+    received, place, in_one = COLLECTIVES[name]
     what = f"torch.distributed's {name.strip('_')}"
     group = dist.ProcessGroup.unbox(args[place])
     weights = _weights_in(what, args[:place])
@@ -63,7 +67,7 @@ def _moved(name: str, *args: Any) -> Any:
     if name == "broadcast_" and group.rank() == args[2]:
         into = []
     with _receiving(into):
-        return _started(getattr(torch.ops.c10d, name).default, args, group, weights[0].device, into)
+        return _started(getattr(torch.ops.c10d, name).default, args, group, weights[0].device, in_one, into)
 
 
 for _name in COLLECTIVES:
@@ -90,25 +94,23 @@ def _receiving(weights: Sequence[ShuffledMXFP4Tensor]) -> Iterator[None]:
 
 
 def _started(
-    operator: Any, args: tuple[Any, ...], group: dist.ProcessGroup, device: torch.device, into: Sequence[Any]
+    operator: Any, args: tuple[Any, ...], group: dist.ProcessGroup, device: torch.device, in_one: bool, into: Any
 ) -> Any:
-    """The operator on codes and on scales: in one launch where the backend can, and with one piece of work to wait
-    for."""
+    """The operator on codes and on scales, with one piece of work to wait for."""
+    ordered = group._get_backend(device).supports_coalescing  # NCCL, whose stream keeps them in order
     # inside torch's own coalescing, as batch_isend_irecv does it, both belong to that
-    one_launch = group._get_backend(device).supports_coalescing
-    ours = one_launch and group not in distributed_c10d._world.pg_coalesce_state
+    coalesced = ordered and in_one and group not in distributed_c10d._world.pg_coalesce_state
     works: list[Any] = []
     out: Any = None
-    if ours:
+    if coalesced:
         group._start_coalescing(device)
     try:
         for part in PARTS:
             out = operator(*_bytes_in(args, part))
             works.append(out[-1] if isinstance(out, tuple) else out)
     finally:
-        ended = group._end_coalescing(device) if ours else None
-    # one launch may leave nothing to wait for: then both are on the current stream
-    boxed = works[-1] if one_launch else _Both(works, into).boxed()
+        ended = group._end_coalescing(device) if coalesced else None
+    boxed = works[-1] if ordered else _Both(works, into).boxed()  # nothing to wait for where it is on this stream
     if ended is not None:
         boxed = ended.boxed()
     return (args[0], boxed) if isinstance(out, tuple) else boxed
