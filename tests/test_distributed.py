@@ -17,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from shuffled_tensor import ShuffledMXFP4Tensor, agree_, fused_moe, sharded
+from shuffled_tensor.distributed import collectives
+from shuffled_tensor.tensor.storage import PackedStorage
 
 from .support.bytes import coded, moderate_scales
 from .support.judges import dense, dense_moe, relative_error
@@ -107,6 +109,26 @@ def test_agreement_refuses_alike_on_every_rank(at: Rank) -> None:
     at.alike(str(raised.value))
 
 
+@on_ranks(2)
+def test_a_rank_that_cannot_lay_out_its_weight_fails_on_all(at: Rank) -> None:
+    weight = make("w13", "mxfp4_moe" if at.rank == 0 else "none")
+    convert = PackedStorage.convert_layout_
+
+    def out_of_memory(storage: PackedStorage, layout: object) -> None:
+        raise MemoryError("no scratch")
+
+    PackedStorage.convert_layout_ = out_of_memory if at.rank == 1 else convert  # type: ignore[method-assign]
+    try:
+        with pytest.raises(RuntimeError, match="not every rank could .* rank 0: None; rank 1: MemoryError: no scratch"):
+            agree_(weight)
+    finally:
+        PackedStorage.convert_layout_ = convert  # type: ignore[method-assign]
+    with pytest.raises(NotImplementedError, match="agree_"):
+        dist.broadcast(weight, 0)
+    agree_(weight)
+    assert_is(weight, values("w13"), "mxfp4_moe")
+
+
 # --- collectives
 
 
@@ -192,6 +214,30 @@ def test_what_was_known_of_scales_is_forgotten_with_them(at: Rank) -> None:
     assert weight._storage.largest_scale() == 200
 
 
+@on_ranks(2)
+def test_what_was_to_receive_is_unusable_when_that_fails(at: Rank) -> None:
+    weight, bytes_in = make("w2"), collectives._bytes_in
+    agree_(weight)
+
+    def fails(*args: object) -> Any:
+        raise ConnectionError("gone")
+
+    collectives._bytes_in = fails
+    try:
+        with pytest.raises(ConnectionError):
+            dist.broadcast(weight, 0)
+    finally:
+        collectives._bytes_in = bytes_in
+    if at.rank == 0:  # it has only sent
+        assert_is(weight, values("w2"))
+    else:
+        with pytest.raises(RuntimeError, match="receiving bytes of another rank was interrupted"):
+            weight.dequantize()
+    weight.copy_(values("w2", salt=at.rank))
+    dist.broadcast(weight, 1)
+    assert_is(weight, values("w2", salt=1))
+
+
 # --- DTensor
 
 
@@ -222,6 +268,9 @@ def test_rows_and_columns_of_w2_in_a_dtensor(at: Rank) -> None:
         assert_is(spread.full_tensor(), full)
     spread = distribute_tensor(make("w2", "mxfp4_moe"), mesh, [Shard(0)]).redistribute(mesh, [Shard(2)])
     assert_is(spread.to_local(), full.chunk(at.world, 2)[at.rank])
+    own_experts = make("w2", "mxfp4_moe")[own(at)].clone()  # as on GPUs
+    found = torch.ops._dtensor.shard_dim_alltoall(own_experts, 0, 2, dist.group.WORLD.group_name)
+    assert_is(found, full.chunk(at.world, 2)[at.rank])
 
 
 @on_ranks(2)
@@ -378,6 +427,20 @@ def test_a_layer_of_dtensors_says_what_it_takes(at: Rank) -> None:
         setattr(layer, name, nn.Parameter(DTensor.from_local(weight, mesh, [Replicate()]), requires_grad=False))
     with pytest.raises(TypeError, match=r"pass its \.to_local\(\)"):
         layer()
+
+
+@on_ranks(2)
+def test_rows_that_a_trainer_parted_are_not_taken_for_gate_and_up(at: Rank) -> None:
+    mesh, weight = init_device_mesh("cpu", (at.world,)), make("w13").shard(at.rank, at.world)
+    trained = distribute_tensor(values("w13").bfloat16(), mesh, [Shard(1)])
+    for call in (
+        lambda: ShuffledMXFP4Tensor.from_hp(trained, gate_up=True, row_order="contiguous"),
+        lambda: weight.refit_from_hp_(trained),
+        lambda: make("w13").copy_(trained),
+    ):
+        with pytest.raises(TypeError, match="gate rows alone on one rank and up rows alone on another"):
+            call()
+    assert_is(weight, make("w13").shard(at.rank, at.world).dequantize(torch.float64))
 
 
 @on_ranks(2, 4)

@@ -121,7 +121,7 @@ def _bytes_in(args: tuple[Any, ...], part: Part) -> tuple[Any, ...]:
     return found
 
 
-class _Both(dist.Work):
+class _Both(distributed_c10d.Work):
     """Work on codes and work on scales as one."""
 
     _pending: ClassVar[set[_Both]] = set()
@@ -129,7 +129,7 @@ class _Both(dist.Work):
 
     def __init__(self, works: Sequence[Any], into: Sequence[ShuffledMXFP4Tensor]) -> None:
         super().__init__()
-        self.works = [dist.Work.unbox(work) for work in works]
+        self.works = [distributed_c10d.Work.unbox(work) for work in works]
         self.into = [weight._storage for weight in into]
         self._pending.add(self)
 
@@ -166,7 +166,7 @@ def all_gather_into_tensor(self: ShuffledMXFP4Tensor, group_size: int, group_nam
             "experts are gathered along dim 0 of three; view a single one [N, K] as [1, N, K], or gather .dequantize()"
         )
     storage, functional = self._storage, torch.ops._c10d_functional
-    as_they_lie = not self.is_part_of_experts and storage.agrees(_ranks_of(group_name))
+    as_they_lie = not self.is_part_of_experts and storage.agrees(dist.get_process_group_ranks(_group_of(group_name)))
     given = [self.bytes_around(part) for part in PARTS] if as_they_lie else _logical(self)
     with storage.held():
         some = functional.all_gather_into_tensor_coalesced(
@@ -187,11 +187,22 @@ def all_gather_into_tensor(self: ShuffledMXFP4Tensor, group_size: int, group_nam
     return self._like(packed)
 
 
-def _ranks_of(group: Any) -> list[int]:
-    """Of the default group. torch names groups here, or from 2.13 on may hand them over."""
+@between("_dtensor::shard_dim_alltoall")
+def shard_dim_alltoall(
+    self: ShuffledMXFP4Tensor, gather_dim: int, shard_dim: int, group_name: Any
+) -> ShuffledMXFP4Tensor:
+    """What DTensor parts along another dimension: everything is gathered, as ``all_gather_into_tensor`` does it, and
+    each rank copies its part."""
+    group = _group_of(group_name)
+    whole = torch.cat(all_gather_into_tensor(self, group.size(), group_name).chunk(group.size()), gather_dim)
+    return whole.chunk(group.size(), shard_dim)[group.rank()].clone()  # type: ignore[return-value]
+
+
+def _group_of(group: Any) -> dist.ProcessGroup:
+    """torch names groups here, or from 2.13 on may hand them over."""
     if isinstance(group, str):
         group = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
-    return dist.get_process_group_ranks(group)
+    return group  # type: ignore[no-any-return]
 
 
 @between("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
@@ -216,7 +227,7 @@ def scatter_(outputs: list[Any], inputs: list[list[Any]], group: Any, root: int,
             )
         sent.append(torch.cat([data.flatten() for data in _logical(weight)]))
     _, boxed = torch.ops.c10d.scatter_([received], [sent] if sent else [], group, root, *rest)
-    work = dist.Work.unbox(boxed)
+    work = distributed_c10d.Work.unbox(boxed)
     if work is not None:  # else it is on the current stream
         work.wait()
     experts, rows, columns = out._window.shape
