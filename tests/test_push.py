@@ -145,6 +145,15 @@ def test_experts_that_are_listed(at: Rank) -> None:
     assert torch.equal(whole.dequantize(torch.float64), want)
 
 
+@on_ranks(2)
+def test_what_ranks_say_may_be_long(at: Rank) -> None:
+    """A place of experts that were listed is more than a page where they are thousands."""
+    few, many = ((at.rank, tuple(range(3000, 3000 + experts))) for experts in (3, 3000))
+    for own in (few, many if at.rank else few, many):
+        assert push._told(own, None)[at.rank] == own
+        assert [rank for rank, _ in push._told(own, None)] == [0, 1]
+
+
 @on_ranks(2, 4)
 def test_a_rank_that_only_sends(at: Rank) -> None:
     rank = at.rank

@@ -4,7 +4,9 @@ rank's own layout where they arrive."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -23,8 +25,12 @@ from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["broadcast_", "scatter_"]
 
-_CHUNK = 64 << 20
-"""Bytes of a message, unless one expert has more. Of two, one is on the wire while the other is written."""
+_CHUNK = 128 << 20
+"""Bytes of a message, unless one expert has more. Of two, one is on the wire while the other is written; and fewer of
+them take a GPU's host less time than the wire does."""
+
+_PAGE = 4096
+"""Bytes that say how many of them mean something, and what a rank holds and sends."""
 
 
 def broadcast_(
@@ -41,7 +47,7 @@ def broadcast_(
 
     The sender quantises some experts at a time while those before are on the wire; every rank writes them into its own
     part and layout, and the addresses stay. So the result is, to the bit, what quantising the whole and parting it
-    would be. Scratch is two messages, each of 64 MiB or one expert. Collective: every rank calls it.
+    would be. Scratch is two messages, each of 128 MiB or one expert. Collective: every rank calls it.
 
     Args:
         weight: this rank's weight ``[E, N, K]`` or ``[N, K]``, whole or a part that knows its place; None on a rank
@@ -94,6 +100,8 @@ class _Side(NamedTuple):
     place: Place | None
     """Of what it holds, or sends; None where that is nothing."""
     gate_up: bool = False
+    device: str = "cpu"
+    """Its kind."""
     error: Exception | None = None
 
 
@@ -118,9 +126,10 @@ class _Source(NamedTuple):
         values = weight if values is None else values
         if values is None:
             raise ValueError("the rank that sends has neither values nor a weight; pass it values=")
+        device = (values if weight is None else weight).device.type
         if isinstance(values, ShuffledMXFP4Tensor):
             values._storage.check_readable()
-            return cls(values, _Side(place or _place_of(values), values.gate_up), False, scale_rule)
+            return cls(values, _Side(place or _place_of(values), values.gate_up, device), False, scale_rule)
         row_order = row_order or (None if weight is None else weight.row_order)
         check_high_precision(values)
         mxfp4.check_quantizable(values, scale_rule)
@@ -131,7 +140,7 @@ class _Source(NamedTuple):
         sizes = [len(place.experts), halves * len(place.rows), len(place.columns)]
         if sizes != list(values.shape):
             raise ValueError(f"place says that {sizes} experts, rows and columns are sent, found {list(values.shape)}")
-        return cls(values, _Side(place, row_order is not None), row_order == "interleaved", scale_rule)
+        return cls(values, _Side(place, row_order is not None, device), row_order == "interleaved", scale_rule)
 
     def read(self, first: int, message: tuple[Tensor, Tensor]) -> None:
         """Some experts, row-major, into what is sent."""
@@ -170,10 +179,10 @@ def _push(
             source = _Source.of(weight, values, place, row_order, scale_rule)
     except (TypeError, ValueError, RuntimeError) as error:  # every rank is told
         side = _Side(None, error=error)
-    every: list[tuple[_Side, _Side | None]] = gathered((side, source and source.side), group)
+    every: list[tuple[_Side, _Side | None]] = _told((side, source and source.side), group)
     sides = [side for side, _ in every]
-    sent, halves = _check_fit(sides, every[src][1], src)
-    device = next((tensor.device for tensor in (weight, values) if tensor is not None), None) or _device(group)
+    sent, halves, kind = _check_fit(sides, every[src][1], src)
+    device = _device(group, kind) if weight is None else weight.device
     step = max(1, _CHUNK // max(1, _size(sent._replace(experts=(0,)), halves)))
     chunks = [sent._replace(experts=sent.experts[first : first + step]) for first in range(0, len(sent.experts), step)]
     buffers = [torch.empty(_size(chunk, halves), dtype=torch.uint8, device=device) for chunk in chunks[:2]]
@@ -220,6 +229,20 @@ def _push(
             end(before)
 
 
+def _told(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """What every rank says, by rank: in one exchange where it fits into a page, for which all_gather_object has two."""
+    said, world_size = pickle.dumps(own), dist.get_world_size(group)
+    page = bytearray((len(said).to_bytes(8, "little") + said).ljust(_PAGE, b"\0")[:_PAGE])
+    pages = torch.empty(world_size * _PAGE, dtype=torch.uint8, device=_device(group, "cpu"))
+    dist.all_gather_into_tensor(pages, torch.frombuffer(page, dtype=torch.uint8).to(pages.device), group=group)
+    pages = pages.cpu()
+    found = [ctypes.string_at(pages.data_ptr() + rank * _PAGE, _PAGE) for rank in range(world_size)]
+    sizes = [int.from_bytes(page[:8], "little") for page in found]
+    if max(sizes) > _PAGE - 8:
+        return gathered(own, group)
+    return [pickle.loads(page[8 : 8 + size]) for page, size in zip(found, sizes, strict=True)]
+
+
 class _Message(NamedTuple):
     """On its way."""
 
@@ -237,8 +260,9 @@ def _place_of(weight: ShuffledMXFP4Tensor) -> Place:
     return weight.place
 
 
-def _check_fit(sides: Sequence[_Side], sent: _Side | None, src: int) -> tuple[Place, int]:
-    """What is sent, and of how many halves its rows are. Raises what a rank has found wrong, and where sizes differ."""
+def _check_fit(sides: Sequence[_Side], sent: _Side | None, src: int) -> tuple[Place, int, str]:
+    """What is sent, of how many halves its rows are, and from what kind of device. Raises what a rank has found wrong,
+    and where sizes differ."""
     for rank, side in enumerate(sides):
         if side.error is not None:
             raise type(side.error)(f"rank {rank}: {side.error}")
@@ -251,14 +275,13 @@ def _check_fit(sides: Sequence[_Side], sent: _Side | None, src: int) -> tuple[Pl
                 f"rank {rank} is of one of {list(held.place.shape)}, gate_up={held.gate_up}; place= says which part "
                 "values are, and row_order= that their rows are gate and up"
             )
-    return sent.place, 2 if sent.gate_up else 1
+    return sent.place, 2 if sent.gate_up else 1, sent.device
 
 
-def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Of a rank that has neither a weight nor values."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
+def _device(group: dist.ProcessGroup | None, kind: str) -> torch.device:
+    """Where messages lie: on the device of this kind that is current, unless the group has a backend for GPUs alone."""
+    kind = "cuda" if dist.get_backend(group) == "nccl" else kind
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _exchange(operation: Any, messages: dict[int, Tensor], group: dist.ProcessGroup | None) -> list[Any]:
