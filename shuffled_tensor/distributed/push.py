@@ -233,10 +233,9 @@ def _told(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """What every rank says, by rank: in one exchange where it fits into a page, for which all_gather_object has two."""
     said, world_size = pickle.dumps(own), dist.get_world_size(group)
     page = bytearray((len(said).to_bytes(8, "little") + said).ljust(_PAGE, b"\0")[:_PAGE])
-    pages = torch.empty(world_size * _PAGE, dtype=torch.uint8, device=_device(group, "cpu"))
-    dist.all_gather_into_tensor(pages, torch.frombuffer(page, dtype=torch.uint8).to(pages.device), group=group)
-    pages = pages.cpu()
-    found = [ctypes.string_at(pages.data_ptr() + rank * _PAGE, _PAGE) for rank in range(world_size)]
+    pages = torch.empty(world_size, _PAGE, dtype=torch.uint8, device=_device(group, "cpu"))
+    dist.all_gather([*pages], torch.frombuffer(page, dtype=torch.uint8).to(pages.device), group=group)
+    found = [ctypes.string_at(each.data_ptr(), _PAGE) for each in pages.cpu()]
     sizes = [int.from_bytes(page[:8], "little") for page in found]
     if max(sizes) > _PAGE - 8:
         return gathered(own, group)
