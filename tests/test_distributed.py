@@ -476,7 +476,7 @@ def test_state_dicts_of_dtensors(at: Rank) -> None:
 
 def fully_sharded(kind: str, mesh: DeviceMesh, layer: nn.Module | None = None, **given: Any) -> nn.Module:
     layer = layer or Layer(kind)
-    fully_shard(layer, mesh=mesh, **given)
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True, **given)
     return layer
 
 
