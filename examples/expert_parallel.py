@@ -16,8 +16,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe, load_experts, save_file, sharded
-from shuffled_tensor.distributed import move_experts_, scatter_
+from shuffled_tensor import (
+    ShuffledMXFP4Tensor,
+    fused_moe,
+    load_experts,
+    move_experts_,
+    save_file,
+    scatter_,
+    sharded,
+)
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOPK = 8, 256, 128, 64, 2
 NAME = "model.layers.0.mlp.experts"

@@ -18,8 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
-from shuffled_tensor.distributed import broadcast_
+from shuffled_tensor import ShuffledMXFP4Tensor, broadcast_, fused_moe
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, STEPS = 4, 256, 128, 32, 5
 GPU = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])

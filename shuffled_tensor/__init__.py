@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         load_file,
         save_file,
     )
-    from shuffled_tensor.distributed import agree_
+    from shuffled_tensor.distributed import Move, agree_, broadcast_, move_experts_, plan_moves, scatter_
 
 if _torch_distributed.is_available():  # some builds of torch do without
     from shuffled_tensor import distributed as distributed  # registers the operations between ranks
@@ -49,11 +49,13 @@ __all__ = [
     "Explanation",
     "Finding",
     "KernelOperands",
+    "Move",
     "Place",
     "Refit",
     "ShuffledMXFP4Tensor",
     "agree_",
     "arch",
+    "broadcast_",
     "convert",
     "dequantize",
     "explain",
@@ -64,8 +66,10 @@ __all__ = [
     "linear",
     "load_experts",
     "load_file",
+    "move_experts_",
     "override_arch",
     "picture",
+    "plan_moves",
     "prepare",
     "quantize",
     "quantize_experts_",
@@ -73,6 +77,7 @@ __all__ = [
     "rebuild_weight",
     "refit",
     "save_file",
+    "scatter_",
     "sharded",
     "shuffle_scale",
     "shuffle_weight",
@@ -86,7 +91,7 @@ implements = ShuffledMXFP4Tensor.operations.implements
 del _BACKENDS, _interop, _ops
 
 
-_BETWEEN_RANKS = {"agree_"}
+_BETWEEN_RANKS = {"Move", "agree_", "broadcast_", "move_experts_", "plan_moves", "scatter_"}
 
 
 def __getattr__(name: str) -> object:
