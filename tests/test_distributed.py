@@ -329,6 +329,35 @@ def test_any_split_is_read_into_any_other(at: Rank) -> None:
         assert size < 1.1 * sum(values(name).numel() * 17 / 32 for name in NAMES)
 
 
+@on_ranks(2)
+def test_a_single_expert_is_parted(at: Rank) -> None:
+    for name in NAMES:
+        expert = make(name, KINDS[at.rank])[3].clone()
+        dcp.save(sharded({"w": expert.shard(at.rank, at.world)}), checkpoint_id=at.folder / name)
+        whole = torch.zeros_like(make(name, "mxfp4_separated")[3])
+        dcp.load({"w": whole}, checkpoint_id=at.folder / name)
+        assert_is(whole, values(name)[3])
+        part = torch.zeros_like(expert.shard(at.rank, at.world))
+        dcp.load(sharded({"nested": {"w": part}})["nested"], checkpoint_id=at.folder / name)
+        assert_is(part, expert.shard(at.rank, at.world).dequantize(torch.float64))
+
+
+@on_ranks(2)
+def test_what_stands_for_a_whole_is_for_state_dicts_only(at: Rank) -> None:
+    part = make("w13").shard(at.rank, at.world)
+    state = sharded({"w": part, "whole": make("w2"), "plain": torch.ones(2)})
+    assert state["w"].shape == (E, 2 * I, H)
+    assert type(state["whole"]) is ShuffledMXFP4Tensor
+    assert type(state["plain"]) is Tensor
+    with pytest.raises(NotImplementedError, match="this stands for a part"):
+        state["w"] + 1
+    dcp.save({"w": part}, checkpoint_id=at.folder)
+    with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):  # torch's own, of the part itself
+        dcp.load({"w": part}, checkpoint_id=at.folder)
+    dcp.load(sharded({"w": part.zero_()}), checkpoint_id=at.folder)  # it was saved where it belongs
+    assert_is(part, make("w13").shard(at.rank, at.world).dequantize(torch.float64))
+
+
 @on_ranks(2, 4)
 def test_a_dense_checkpoint_is_read_into_parts(at: Rank) -> None:
     dcp.save({name: values(name).bfloat16() for name in NAMES}, checkpoint_id=at.folder)

@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -74,7 +75,8 @@ class _Crew:
 
     def run(self, check: tuple[str, str], folder: str) -> None:
         for pipe in self.pipes:
-            pipe.send((*check, folder))
+            with suppress(OSError):  # one that has died is found out below
+                pipe.send((*check, folder))
         said: dict[int, str] = {}
         end = time.monotonic() + _CHECK
         while len(said) < len(self.pipes) and time.monotonic() < end:
@@ -83,7 +85,8 @@ class _Crew:
                 rank = waiting[pipe]  # type: ignore[index]
                 try:
                     said[rank] = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
+                except (EOFError, OSError):
+                    self.processes[rank].join(1)
                     said[rank] = f"it died, with {self.processes[rank].exitcode}"
         failed = {rank: said.get(rank, "no end") for rank in range(len(self.pipes)) if said.get(rank) != "ok"}
         if failed:  # they are out of step: others are started for the next check
