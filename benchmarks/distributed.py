@@ -441,6 +441,11 @@ def pushes() -> None:
         alone, engines = seconds(bf16), seconds(bf16_and_quantise)
         plain = flat(packed)
         as_bytes = seconds(lambda plain=plain: dist.broadcast(plain, 0))  # type: ignore[misc]
+        codes, scales = (
+            torch.empty(*shape[:2], shape[2] // part.per_byte, dtype=torch.uint8, device=DEVICE) for part in mxfp4.PARTS
+        )
+        quantised = seconds(lambda values=values, pair=(codes, scales): mxfp4.quantize_into(values, *pair))  # type: ignore[misc]
+        row(f"{name} in bfloat16: quantised, nothing sent", True, values.nbytes, quantised)
         row(f"{name} in bfloat16: a plain broadcast", True, values.nbytes, alone)
         row(f"{name} in bfloat16: broadcast, and quantised where it arrives", True, values.nbytes, engines)
         for send, moved, into in (
@@ -463,7 +468,10 @@ def pushes() -> None:
             ratios = f"{took / alone:.2f} of bf16's time, {took / engines:.2f} with quantising"
             row(f"{send.__name__} {name} from bf16 ({ratios})", right, moved, took, as_bytes * moved / packed)
             if RANK == 0 and GPU:
-                print(f"    scratch {scratch:.0f} MiB; an expert has {values[0].nbytes / 2**20:.0f} MiB in bf16")
+                print(
+                    f"    scratch {scratch:.0f} MiB; an expert has {values[0].nbytes / 2**20:.0f} MiB in bf16",
+                    flush=True,
+                )
         part, sent = empty(name, EXPERTS, OWN_KIND).shard(RANK, WORLD, dim="expert"), want if RANK == 0 else None
         broadcast_(part, sent)
         right = same(part, want.shard(RANK, WORLD, dim="expert"))

@@ -246,7 +246,7 @@ class _Message:
         # Packed, so that each rank gets one message, and slots may be written while it is on the wire.
         self._copy(self._of_slots(mine.sent), self._of_rows(outgoing))
         operations = [
-            dist.P2POp(operation, buffer[slice_of(experts)], group=group, group_peer=peer)
+            dist.P2POp(operation, buffer.view(torch.uint8)[slice_of(experts)], group=group, group_peer=peer)
             for operation, buffer, peers in ((dist.isend, outgoing, mine.to), (dist.irecv, self.incoming, mine.of))
             for peer, experts in peers.items()
         ]
