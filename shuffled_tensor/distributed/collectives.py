@@ -7,8 +7,9 @@ receives it. Rows are named, because a torch without torch.distributed does not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shuffled_tensor.distributed.agreement import check_agreed
 from shuffled_tensor.mxfp4 import PARTS, Part
@@ -25,11 +25,13 @@ from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
 __all__ = ["COLLECTIVES"]
 
+_C: Any = torch._C._distributed_c10d  # not all of it has types
+
 between = partial(ShuffledMXFP4Tensor.operations.implements, group="Between ranks")
 
 
 class _Collective(NamedTuple):
-    """Where an operator of c10d takes what."""
+    """Where an operator of c10d takes what, and how it is called past the dispatcher, which takes ten times as long."""
 
     received: int | None
     """The argument that it writes, if it does."""
@@ -38,16 +40,45 @@ class _Collective(NamedTuple):
     """Whether codes and scales go in one launch of NCCL. Not where NCCL copies what has come, which it would do before
     the launch; nor between two ranks, for whom one launch takes a communicator of the whole group, which all of it
     must have begun."""
+    start: Callable[..., Any]
+    """With the group, and the operator's other arguments."""
+
+
+def _options(options: Any, async_op: bool = True, timeout: int = -1, **others: int) -> Any:
+    """Options of a collective, with an operator's last arguments, which come only where they are not as by default."""
+    options.asyncOp = async_op
+    if timeout >= 0:  # in milliseconds; else the group's own
+        options.timeout = timedelta(milliseconds=timeout)
+    for name, value in others.items():
+        setattr(options, name, value)
+    return options
+
+
+def _broadcast(group: Any, tensors: Any, root: int, root_tensor: int, *rest: Any) -> Any:
+    options = _options(_C.BroadcastOptions(), *rest, rootRank=root, rootTensor=root_tensor)
+    return group.broadcast(tensors, options)
+
+
+def _gather(name: str, group: Any, out: Any, own: Any, *rest: Any) -> Any:
+    return getattr(group, name)(out, own, _options(_C.AllgatherOptions(), *rest))
+
+
+def _exchange(group: Any, out: Any, own: Any, *rest: Any) -> Any:
+    return group.alltoall(out, own, _options(_C.AllToAllOptions(), *rest))
+
+
+def _exchange_in_one(group: Any, out: Any, own: Any, out_sizes: Any, sizes: Any, *rest: Any) -> Any:
+    return group.alltoall_base(out, own, out_sizes, sizes, _options(_C.AllToAllOptions(), *rest))
 
 
 COLLECTIVES = {
-    "send": _Collective(None, 1, False),
-    "recv_": _Collective(0, 1, False),
-    "broadcast_": _Collective(0, 1, True),
-    "allgather_": _Collective(0, 2, False),
-    "_allgather_base_": _Collective(0, 2, True),
-    "alltoall_": _Collective(0, 2, True),
-    "alltoall_base_": _Collective(0, 2, True),
+    "send": _Collective(None, 1, False, lambda group, *args: group.send(*args)),
+    "recv_": _Collective(0, 1, False, lambda group, *args: group.recv(*args)),
+    "broadcast_": _Collective(0, 1, True, _broadcast),
+    "allgather_": _Collective(0, 2, False, partial(_gather, "allgather")),
+    "_allgather_base_": _Collective(0, 2, True, partial(_gather, "_allgather_base")),
+    "alltoall_": _Collective(0, 2, True, _exchange),
+    "alltoall_base_": _Collective(0, 2, True, _exchange_in_one),
 }
 """By the names of c10d's operators: those that move bytes as they lie."""
 
@@ -55,27 +86,38 @@ COLLECTIVES = {
 def _moved(name: str, *args: Any) -> Any:
     """Moves codes and scales as they lie, between ranks that called ``agree_`` for the weights; others are refused
     before anything travels, and so is a weight beside a plain tensor."""
-    received, place, in_one = COLLECTIVES[name]
-    what = f"torch.distributed's {name.strip('_')}"
-    group = dist.ProcessGroup.unbox(args[place])
-    weights = _weights_in(what, args[:place])
+    collective = COLLECTIVES[name]
+    tensors, place = args[: collective.group], collective.group
+    what, group = f"torch.distributed's {name.strip('_')}", dist.ProcessGroup.unbox(args[place])
+    weights = _weights_in(what, tensors)
     for weight in weights:
         check_agreed(weight, group, what)
-    if len({(weight._storage.layout, weight._storage.geometry.sizes) for weight in weights}) > 1:
-        raise ValueError(f"{what} takes weights of one layout and one size of expert")
-    into = [] if received is None else _weights_in(what, args[received])
+    if len(weights) > 1 and len({(weight._storage.layout, weight._storage.geometry) for weight in weights}) > 1:
+        raise ValueError(f"{what} takes weights of one layout and one size and padding of expert")
+    into = [] if collective.received is None else _weights_in(what, args[collective.received])
     if name == "broadcast_" and group.rank() == args[2]:
         into = []
     with _receiving(into):
-        return _started(getattr(torch.ops.c10d, name).default, args, group, weights[0].device, in_one, into)
+        work = _started(collective, group, tensors, args[place + 1 :], weights[0].device, into)
+    # as the operator's schema has it
+    return work if name in ("send", "recv_", "alltoall_base_") else (args[0], work)
 
 
 for _name in COLLECTIVES:
     between(f"c10d::{_name}")(partial(_moved, _name))
 
 
-def _weights_in(what: str, args: Any) -> list[ShuffledMXFP4Tensor]:
-    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+def _leaves(given: Sequence[Any]) -> Iterator[Tensor]:
+    """Of lists of lists; ten times as fast as torch's pytree."""
+    for each in given:
+        if isinstance(each, Tensor):
+            yield each
+        else:
+            yield from _leaves(each)
+
+
+def _weights_in(what: str, given: Any) -> list[ShuffledMXFP4Tensor]:
+    tensors = list(_leaves([given]))
     weights = [tensor for tensor in tensors if isinstance(tensor, ShuffledMXFP4Tensor)]
     if len(weights) < len(tensors):
         raise TypeError(
@@ -94,31 +136,34 @@ def _receiving(weights: Sequence[ShuffledMXFP4Tensor]) -> Iterator[None]:
 
 
 def _started(
-    operator: Any, args: tuple[Any, ...], group: dist.ProcessGroup, device: torch.device, in_one: bool, into: Any
+    collective: _Collective,
+    group: dist.ProcessGroup,
+    tensors: tuple[Any, ...],
+    rest: tuple[Any, ...],
+    device: torch.device,
+    into: Sequence[ShuffledMXFP4Tensor],
 ) -> Any:
-    """The operator on codes and on scales, with one piece of work to wait for."""
-    ordered = group._get_backend(device).supports_coalescing  # NCCL, whose stream keeps them in order
-    # inside torch's own coalescing, as batch_isend_irecv does it, both belong to that
-    coalesced = ordered and in_one and group not in distributed_c10d._world.pg_coalesce_state
-    works: list[Any] = []
-    out: Any = None
+    """Start it for codes and for scales; one piece of work to wait for."""
+    # torch's own coalescing, as batch_isend_irecv does it, takes both
+    among_others = group in distributed_c10d._world.pg_coalesce_state
+    coalesced = collective.in_one and not among_others and group._get_backend(device).supports_coalescing
     if coalesced:
         group._start_coalescing(device)
     try:
-        for part in PARTS:
-            out = operator(*_bytes_in(args, part))
-            works.append(out[-1] if isinstance(out, tuple) else out)
+        started = [collective.start(group, *(_bytes_in(given, part) for given in tensors), *rest) for part in PARTS]
     finally:
         ended = group._end_coalescing(device) if coalesced else None
-    boxed = works[-1] if ordered else _Both(works, into).boxed()  # nothing to wait for where it is on this stream
-    if ended is not None:
-        boxed = ended.boxed()
-    return (args[0], boxed) if isinstance(out, tuple) else boxed
+    # there is no work where everything is on the current stream
+    works: list[Any] = [work for work in ([ended] if coalesced else started) if work is not None]
+    if len(works) == 2 and not among_others:
+        return _Both(works, into).boxed()
+    return works[-1].boxed() if works else _NOTHING.boxed()
 
 
-def _bytes_in(args: tuple[Any, ...], part: Part) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = tree_map_only(ShuffledMXFP4Tensor, lambda weight: weight.bytes_around(part), args)
-    return found
+def _bytes_in(given: Any, part: Part) -> Any:
+    if isinstance(given, list):
+        return [_bytes_in(each, part) for each in given]
+    return given.bytes_around(part)
 
 
 class _Both(distributed_c10d.Work):
@@ -129,7 +174,7 @@ class _Both(distributed_c10d.Work):
 
     def __init__(self, works: Sequence[Any], into: Sequence[ShuffledMXFP4Tensor]) -> None:
         super().__init__()
-        self.works = [distributed_c10d.Work.unbox(work) for work in works]
+        self.works = works
         self.into = [weight._storage for weight in into]
         self._pending.add(self)
 
@@ -147,6 +192,10 @@ class _Both(distributed_c10d.Work):
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self.works)
+
+
+_NOTHING = _Both((), ())
+"""To wait for."""
 
 
 # --- row-major on the way
