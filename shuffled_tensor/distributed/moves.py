@@ -239,7 +239,6 @@ class _Message:
         word = math.gcd(8, *(number for data in parts for number in (data.shape[1], data.data_ptr())))
         rows = [data.view(_WORDS[word]) for data in parts]
         self._slots, self._widths = [data.unbind() for data in rows], [data.shape[1] for data in rows]
-        self._filled = mine.filled
         outgoing, self.incoming, spare = (
             rows[0].new_empty(experts, sum(self._widths)) for experts in (len(mine.sent), mine.come, len(mine.local))
         )
@@ -251,18 +250,19 @@ class _Message:
             for peer, experts in peers.items()
         ]
         self._kept, self._works = outgoing, dist.batch_isend_irecv(operations) if operations else []
-        self._copy(self._of_slots(src for src, _ in mine.local), self._of_rows(spare))
-        self._copy(self._of_rows(spare), self._of_slots(dst for _, dst in mine.local))
+        # All that is left is done while the wire is busy, but for the last copies, which are ready to be made.
+        held, come = self._of_rows(spare), self._of_rows(self.incoming)
+        self._copy(self._of_slots(src for src, _ in mine.local), held)
+        self._copy(held, self._of_slots(dst for _, dst in mine.local))
+        fields = range(len(self._widths))
+        self._arrived = [come[row * len(fields) + field] for row, _ in mine.filled for field in fields]
+        self._filled = self._of_slots(slot for _, slot in mine.filled)
 
     def end(self) -> None:
         """Wait for what comes, and put it into its slots."""
         for work in self._works:
             work.wait()
-        come, fields = self._of_rows(self.incoming), len(self._widths)
-        self._copy(
-            [come[row * fields + field] for row, _ in self._filled for field in range(fields)],
-            self._of_slots(slot for _, slot in self._filled),
-        )
+        self._copy(self._arrived, self._filled)
 
     def _of_slots(self, slots: Iterable[int]) -> list[Tensor]:
         return [field[slot] for slot in slots for field in self._slots]
