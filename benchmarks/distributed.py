@@ -488,7 +488,7 @@ SECTIONS = {
 
 
 def rank(sections: list[str]) -> None:
-    """Run sections until one dies on some rank alone, after which the ranks are out of step."""
+    """Run sections until one dies."""
     warnings.simplefilter("ignore")
     store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), WORLD, RANK == 0, timeout=timedelta(seconds=60))
     if GPU:
@@ -515,7 +515,9 @@ def rank(sections: list[str]) -> None:
             if died:
                 say(f"{name} died: {'; '.join(died)}", False)
             with Path(ARGS.progress).open("a") as progress:
-                progress.write(f"{name} {len(WRONG) + bool(died)}\n")
+                progress.write(f"{name} {len(WRONG) + bool(died)} {'died' if died else 'ended'}\n")
+        if died:  # ranks may be out of step
+            os._exit(3)
         WRONG.clear()
         if GPU:
             torch.cuda.empty_cache()
@@ -568,9 +570,9 @@ def main() -> int:
                     if time.monotonic() - since > ARGS.limit + 30 or any(process.poll() for process in processes):
                         break
             done = [line.split() for line in progress.read_text().splitlines()]
-            wrong += sum(int(count) for _, count in done)
+            wrong += sum(int(count) for _, count, _ in done)
             left = left[len(done) :]
-            if left:  # the processes are gone, and it is not done
+            if left and (not done or done[-1][2] != "died"):  # the processes are gone, and it has not said why
                 say(f"{left.pop(0)}: a rank died or did not end", False)
                 wrong += 1
     print("all right" if not wrong else f"{wrong} WRONG")
