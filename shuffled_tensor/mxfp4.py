@@ -23,15 +23,19 @@ from shuffled_tensor import owners
 
 __all__ = [
     "BLOCK",
+    "BOUNDARIES",
     "CODES",
     "PARTS",
     "SCALES",
     "SCALE_RULES",
     "Part",
+    "Quantizer",
     "ScaleRule",
     "dequantize",
     "dequantize_pieces",
+    "install",
     "quantize",
+    "quantize_into",
 ]
 
 BLOCK = 32
@@ -81,9 +85,7 @@ def _float32_bits(value: float) -> int:
 # boundaries that a value is above, so where the even code is the upper one the boundary is the float32 just below the
 # midpoint. Positive floats are ordered as their bits are. (No tensor is made here: an import may run under any mode of
 # torch.)
-_BOUNDARIES = tuple(
-    _float32_bits((low + high) / 2) - code % 2 for code, (low, high) in enumerate(pairwise(_MAGNITUDES))
-)
+BOUNDARIES = tuple(_float32_bits((low + high) / 2) - code % 2 for code, (low, high) in enumerate(pairwise(_MAGNITUDES)))
 
 _BLOCKS_A_CORE = 1 << 11  # 256 KiB a tensor of their float32 bits
 
@@ -114,6 +116,31 @@ SCALE_RULES: tuple[ScaleRule, ...] = tuple(_SCALE_RULES)
 """Names of the rules by which a block's scale follows from its amax."""
 
 
+class Quantizer:
+    """What quantises faster than torch's own operations do. This one takes nothing."""
+
+    def takes(self, values: Tensor) -> bool:
+        """Whether :meth:`quantize` is to be tried, on values that :func:`quantize` takes."""
+        return False
+
+    def quantize(self, values: Tensor, qdata: Tensor, scale: Tensor, scale_rule: ScaleRule) -> bool:
+        """Write contiguous uint8 codes and scales.
+
+        Returns:
+            False where it cannot; nothing has been written then.
+        """
+        return False
+
+
+_quantizer = Quantizer()
+
+
+def install(quantizer: Quantizer) -> None:
+    """Have this one tried first from now on."""
+    global _quantizer
+    _quantizer = quantizer
+
+
 def quantize(values: Tensor, *, scale_rule: ScaleRule = "even") -> tuple[Tensor, Tensor]:
     """Quantise to MXFP4, computing in float32; codes round to nearest, ties to even, and saturate at 6.
 
@@ -132,6 +159,23 @@ def quantize(values: Tensor, *, scale_rule: ScaleRule = "even") -> tuple[Tensor,
         ValueError: K is not a multiple of 32, or the rule is unknown.
     """
     check_quantizable(values, scale_rule)
+    if not _quantizer.takes(values):
+        return _by_torch(values, scale_rule)
+    sizes = [(*values.shape[:-1], values.shape[-1] // part.per_byte) for part in PARTS]
+    qdata, scale = (torch.empty(size, dtype=torch.uint8, device=values.device) for size in sizes)
+    return (qdata, scale) if _quantizer.quantize(values, qdata, scale, scale_rule) else _by_torch(values, scale_rule)
+
+
+def quantize_into(values: Tensor, qdata: Tensor, scale: Tensor, *, scale_rule: ScaleRule = "even") -> None:
+    """What :func:`quantize` returns for ``[E, N, K]``, written into contiguous uint8 tensors, without copies of the
+    values, or with float32 ones of an expert; ``values`` are not checked."""
+    if not _quantizer.quantize(values, qdata, scale, scale_rule):
+        for codes, exponents, expert in zip(qdata, scale, values, strict=True):
+            for out, data in zip((codes, exponents), _by_torch(expert, scale_rule), strict=True):
+                out.copy_(data)
+
+
+def _by_torch(values: Tensor, scale_rule: ScaleRule) -> tuple[Tensor, Tensor]:
     *rows, columns = values.shape
     blocks = values.reshape(-1, BLOCK)
     # on a CPU, as many at a time as stay in the caches of its cores; a GPU wants few launches, a compiler no loop
@@ -155,7 +199,7 @@ def _quantize(blocks: Tensor, scale_rule: ScaleRule) -> tuple[Tensor, Tensor]:
     normal = _bits(below.float()) - (149 << 23) + (above - _NORMAL)
     scaled = normal - ((exponent - 127) << 23).unsqueeze(-1)
     codes = (bits >> 28 & 8).to(torch.uint8)  # the sign
-    for boundary in _BOUNDARIES:
+    for boundary in BOUNDARIES:
         codes += scaled > boundary
     pairs = codes.view(torch.int16)  # the even column is the low byte
     return (pairs | pairs >> 4).to(torch.uint8), scale

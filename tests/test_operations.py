@@ -357,8 +357,8 @@ def test_an_operation_that_is_not_in_the_table_says_what_to_do() -> None:
         weight_of(marked_parts(*SHAPE)).sort()
 
 
-def test_collectives_are_refused() -> None:
-    """Of the values: a rank that received them would not know the layout."""
+def test_collectives_are_refused_where_ranks_have_not_agreed() -> None:
+    """A rank that received the bytes would not know how they lie."""
     if not torch.distributed.is_available():
         pytest.skip("torch was built without torch.distributed")
     weight = weight_of(marked_parts(*SHAPE), "mxfp4_moe")
@@ -367,13 +367,15 @@ def test_collectives_are_refused() -> None:
     try:
         for call in (
             lambda: torch.distributed.broadcast(weight, 0),
-            lambda: torch.distributed.all_reduce(weight),
             lambda: torch.distributed.all_gather([weight], weight),
-            lambda: torch.distributed.scatter(weight, [weight]),
         ):
-            with pytest.raises(NotImplementedError, match=r"send \.qdata_view\.clone\(\) and \.scale_view"):
+            with pytest.raises(NotImplementedError, match=r"call shuffled_tensor\.agree_\(weights, group\)"):
                 call()
-        # as the message says, to a rank whose weight lies otherwise
+        with pytest.raises(NotImplementedError, match=r"reduce \.dequantize\(\)"):
+            torch.distributed.all_reduce(weight)
+        with pytest.raises(NotImplementedError, match="give it .dequantize"):  # set_model_state_dict, DDP
+            torch.distributed._broadcast_coalesced(torch.distributed.group.WORLD, [weight], 500, 0)
+        # row-major bytes, to a rank whose weight lies otherwise
         other = weight_of(marked_parts(*SHAPE, salt=1), "mxfp4_separated")
         for own, there in ((weight.qdata_view, other.qdata_view), (weight.scale_view, other.scale_view)):
             sent = own.clone()

@@ -38,6 +38,7 @@ ROOMS = (
     ("backends",),
     ("linear", "modules", "checkpoint", "picture", "rank_picture"),
     ("updates",),
+    ("distributed",),
     ("integrations",),
     ("transformers", "testing"),
     ("why",),

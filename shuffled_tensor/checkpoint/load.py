@@ -30,6 +30,7 @@ from shuffled_tensor.tensor.geometry import (
     check_rank,
     shard_range,
 )
+from shuffled_tensor.tensor.place import Place
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -121,6 +122,7 @@ def load_experts(
         with progress("loading experts", count, "weights") as done:
             for _, layer, cut, targets in plan:
                 for weight, tensor, bias in zip(layer, targets[:2], targets[2:], strict=True):
+                    _set_place(weight, cut, tensor)
                     if tensor.is_meta:
                         continue
                     _write(weight, cut, tensor)
@@ -218,6 +220,14 @@ def _empty(
     if weight.row_order == "interleaved":
         storage.validity.row_order = "interleaved"  # as who loads the same tensors again will bring them
     return ShuffledMXFP4Tensor._wrap(storage, storage.whole(), 3, weight.dtype)
+
+
+def _set_place(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
+    """Say which part of the checkpoint's weight a packed tensor holds, unless it is a view of something else."""
+    if isinstance(tensor, ShuffledMXFP4Tensor) and tensor._window == tensor._storage.whole():
+        whole = Place.whole(weight.shape, 2 if weight.gate_up else 1)
+        part = whole._replace(experts=cut.experts)
+        tensor.place = part._replace(rows=cut.span) if weight.gate_up else part._replace(columns=cut.span)
 
 
 def _check_device(device: torch.device | str | int) -> None:

@@ -33,6 +33,12 @@ def check_plain(name: str, tensor: Tensor) -> None:
     if is_traceable_wrapper_subclass(tensor):
         found = type(tensor).__name__
         remedy = "its .to_local(), this rank's shard, or .full_tensor()" if found == "DTensor" else "what it wraps"
+        rows = (getattr(placement, "dim", None) == 1 for placement in getattr(tensor, "placements", ()))
+        if tensor.dim() == 3 and any(rows):
+            remedy = (
+                "its .full_tensor(), and take this rank's part with shard(): of gate and up rows, .to_local() is gate "
+                "rows alone on one rank and up rows alone on another"
+            )
         raise TypeError(f"{name} is a {found} of shape {list(tensor.shape)}, whose parts are not seen; pass {remedy}")
 
 

@@ -21,7 +21,7 @@ from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.checks import check_logical_dtype, check_plain, whole_numbers
 from shuffled_tensor.tensor.join import along_experts, axis_of, bytes_of, first_of, join, lie_alike, materialized
 from shuffled_tensor.tensor.refused import refuse
-from shuffled_tensor.tensor.storage import locked
+from shuffled_tensor.tensor.storage import PackedStorage, locked
 from shuffled_tensor.tensor.values import Values
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -66,15 +66,24 @@ def select(self: ShuffledMXFP4Tensor, dim: int, index: int) -> ShuffledMXFP4Tens
     return self._view(rank=2, experts=range(expert, expert + 1))
 
 
+def _fsdp_asks(frames: int) -> bool:
+    """Whether it is ``fully_shard`` that called an operator, so many frames above."""
+    return sys._getframe(frames).f_globals.get("__name__") == "torch.distributed.fsdp._fully_shard._fsdp_param"
+
+
 def _reshaped(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args: Any) -> ShuffledMXFP4Tensor:
     """``[1, N, K]`` seen as ``[N, K]`` or back, or as it is; any other shape would part values that share a scale."""
     size = list(operator(torch.empty(self.shape, device="meta"), *args).shape)
     one = list(self.shape[-2:])
+    if size == [self.numel()] and _fsdp_asks(3):
+        return self._view()  # fully_shard keeps a flat view of a shard, and does not read it where there are hooks
     if size != list(self.shape) and not (len(self._window.experts) == 1 and size in (one, [1, *one])):
         raise NotImplementedError(
             f"a ShuffledMXFP4Tensor of shape {list(self.shape)} cannot be viewed as {size}: its shape is "
-            "[experts, N, K]; call .dequantize(), or, where DistributedDataParallel flattens what it sends, leave the "
-            "weight out: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)"
+            "[experts, N, K]; call .dequantize(). Where DistributedDataParallel flattens what it sends, leave the "
+            "weight out: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names); where "
+            "set_model_state_dict(broadcast_from_rank0=True) does, give it .dequantize() of the weight, which is "
+            "quantised again where it arrives"
         )
     return self._view(rank=len(size))
 
@@ -176,14 +185,14 @@ def to_copy(
 def index(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> ShuffledMXFP4Tensor:
     """A copy of the experts that one vector picks."""
     picked = _expert_vector(self, indices)
-    return _map_bytes(self, lambda data: data[picked])
+    return _picked_by(self, lambda data: data[picked])
 
 
 @copies(aten.index_select.default)
 def index_select(self: ShuffledMXFP4Tensor, dim: int, index: Tensor) -> ShuffledMXFP4Tensor:
     """A copy of the experts that a vector picks."""
     _check_experts(self, dim, "index_select")
-    return _map_bytes(self, lambda data: data.index_select(0, index))
+    return _picked_by(self, lambda data: data.index_select(0, index))
 
 
 @copies(aten.cat.default)
@@ -210,10 +219,13 @@ def stack(tensors: list[Tensor], dim: int = 0) -> ShuffledMXFP4Tensor:
 def zeros_like(
     self: ShuffledMXFP4Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **ignored: Any
 ) -> ShuffledMXFP4Tensor:
-    """Zeros in the same layout: what is not written yet (after ``Module.to_empty``) is defined all the same."""
+    """Zeros in the same layout, agreed on with the same ranks: what is not written yet (after ``Module.to_empty``) is
+    defined all the same."""
     check_logical_dtype(dtype or self.dtype)
     out = _map_bytes(self, lambda data: torch.zeros_like(data, device=device), dtype)
     out._storage.scale.fill_(SCALES.pad)
+    if not self.is_part_of_experts:
+        out._storage.agreed = self._storage.agreed
     return out
 
 
@@ -232,6 +244,45 @@ def new_empty(
         return to_copy(self, dtype=dtype, device=device)
     made: Tensor = _plain(aten.new_empty.default, self, size, dtype=dtype or self.dtype, device=device or self.device)
     return made
+
+
+@copies(aten.new_zeros.default)
+def new_zeros(
+    self: ShuffledMXFP4Tensor,
+    size: list[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **ignored: Any,
+) -> Tensor:
+    """Zeros of as many experts of its own size as asked for, in the same layout; of any other size or of a dtype that a
+    weight cannot have, a plain tensor."""
+    dtype, device = dtype or self.dtype, torch.device(device or self.device)
+    if len(size) != 3 or tuple(size[1:]) != self.shape[-2:] or self.dim() != 3 or dtype not in mxfp4.LOGICAL_DTYPES:
+        if _fsdp_asks(3):
+            raise ValueError(
+                f"fully_shard parts a ShuffledMXFP4Tensor along experts, dim 0, and not into {list(size)}; leave it "
+                "out with ignored_params, or part it with shard()"
+            )
+        made: Tensor = _plain(aten.new_zeros.default, self, size, dtype=dtype, device=device)
+        return made
+    storage = self._storage
+    geometry = storage.geometry._replace(rows=self.shape[1], columns=self.shape[2], gate_up=self.gate_up)
+    zeros = PackedStorage.empty(size[0], geometry, device, storage.layout)
+    zeros.requested_layout, zeros.validity.row_order = storage.requested_layout, storage.row_order
+    zeros.qdata.zero_()
+    zeros.scale.fill_(SCALES.pad)
+    return self._like(zeros, dtype)
+
+
+@copies(aten.constant_pad_nd.default)
+def constant_pad_nd(self: ShuffledMXFP4Tensor, pad: list[int], value: float = 0) -> ShuffledMXFP4Tensor:
+    """Experts of zeros behind the others, as DTensor asks for where experts do not come out even; other pads are
+    refused."""
+    if self.dim() != 3 or len(pad) != 6 or any(pad[:5]) or value:
+        remedy = "pick experts with an index, or join them with torch.cat"
+        refuse("adds rows, columns or values", remedy, aten.constant_pad_nd.default)
+    return cat([self, new_zeros(self, [pad[5], *self.shape[1:]])])
 
 
 @copies(aten._pin_memory.default, aten.pin_memory.default)
@@ -431,7 +482,6 @@ def _plain(operator: torch._ops.OpOverload, self: ShuffledMXFP4Tensor, *args: An
 
 
 for _operator in (
-    aten.new_zeros.default,
     aten.new_full.default,
     aten.new_ones.default,
     aten.new_empty_strided.default,
@@ -474,12 +524,22 @@ def _check_source(self: ShuffledMXFP4Tensor, source: Tensor) -> None:
 def _map_bytes(
     self: ShuffledMXFP4Tensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
 ) -> ShuffledMXFP4Tensor:
-    """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must not mix."""
+    """The tensor with `function` applied to the codes and scales ``[E, ...]`` of its experts, which it must neither mix
+    nor bring into another order."""
     storage = materialized(self) if self.is_part_of_experts else self._storage
     experts = storage.experts if self.is_part_of_experts else self._window.experts
     with storage.held():
         qdata, scale = (function(data) for data in storage.select(experts))
-        return self._like(storage.with_bytes(qdata, scale), dtype)
+        copied = storage.with_bytes(qdata, scale)
+    copied.place = self.parted
+    return self._like(copied, dtype)
+
+
+def _picked_by(self: ShuffledMXFP4Tensor, function: Callable[[Tensor], Tensor]) -> ShuffledMXFP4Tensor:
+    """A copy of some experts, in any order: a whole of its own."""
+    out = _map_bytes(self, function)
+    out._storage.place = None
+    return out
 
 
 def _expert_vector(self: ShuffledMXFP4Tensor, indices: list[Tensor | None]) -> Tensor:

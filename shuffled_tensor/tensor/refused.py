@@ -99,7 +99,6 @@ REFUSED: dict[str, tuple[tuple[Operator, ...], str]] = {
             aten.gather.default,
             aten.scatter.src,
             aten.scatter.value,
-            aten.constant_pad_nd.default,
             aten.unfold.default,
             aten.ones_like.default,
             aten.full_like.default,
@@ -113,18 +112,9 @@ REFUSED: dict[str, tuple[tuple[Operator, ...], str]] = {
         (aten._grouped_mm.default,),
         "call shuffled_tensor.fused_moe",
     ),
-    "sends or receives values": (
-        (
-            "c10d::broadcast_",
-            "c10d::allreduce_",
-            "c10d::allgather_",
-            "c10d::_allgather_base_",
-            "c10d::scatter_",
-            "c10d::send",
-            "c10d::recv_",
-        ),
-        "send .qdata_view.clone() and .scale_view.clone(), which are row-major bytes, and copy_ what is received into "
-        "the views there; .qdata and .scale are a weight only where both ranks have the same layout and padding",
+    "reduces values between ranks": (
+        ("c10d::allreduce_", "c10d::reduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_"),
+        "packed codes are not added; reduce .dequantize(), and copy_ the result back, which quantises it",
     ),
 }
 

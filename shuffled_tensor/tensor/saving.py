@@ -22,6 +22,7 @@ from shuffled_tensor.layouts import find_layout, layout_or_none, name_or_none
 from shuffled_tensor.mxfp4 import CODES, PARTS
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.geometry import ALIGN, Geometry, RowOrder, Window, align_of
+from shuffled_tensor.tensor.place import Place
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -44,16 +45,36 @@ def rebuild_storage(qdata: Tensor, scale: Tensor, state: dict[str, Any]) -> Pack
     Args:
         qdata, scale: row-major logical codes, uint8 ``[E, N, K/2]``, and scales, uint8 ``[E, N, K/32]``.
         state: ``"gate_up"``, ``"shuffle_kind"``, and, where they are not those of a constructor that was not told,
-            ``"row_order"`` and ``"align"``, a pair.
+            ``"row_order"`` and ``"align"``, a pair. Of a part, ``"place"``: ``"shape"`` of the whole, ``"rows"`` and
+            ``"columns"``, each ``(start, stop)``, and either ``"experts"``, likewise, or ``"listed"``, all of them.
 
     Raises:
         ValueError: the file is of a later version.
     """
-    _check_keys(state, "gate_up", "shuffle_kind", "row_order", "align")
+    _check_keys(state, "gate_up", "shuffle_kind", "row_order", "align", "place")
     align, layout = align_of(state.get("align", ALIGN)), layout_or_none(state["shuffle_kind"])
     geometry = Geometry(qdata.shape[1], qdata.shape[2] * CODES.per_byte, state["gate_up"], align)
     row_order = state.get("row_order", "contiguous")
-    return _Unread(qdata, scale, geometry, requested_layout=layout, row_order=row_order)
+    storage = _Unread(qdata, scale, geometry, requested_layout=layout, row_order=row_order)
+    if "place" in state:
+        storage.place = _read_place(state["place"])
+    return storage
+
+
+def _read_place(state: dict[str, Any]) -> Place:
+    _check_keys(state, "shape", "experts", "listed", "rows", "columns")
+    experts = tuple(state["listed"]) if "listed" in state else range(*state["experts"])
+    return Place(tuple(state["shape"]), experts, range(*state["rows"]), range(*state["columns"]))
+
+
+def _write_place(place: Place) -> dict[str, Any]:
+    shape, experts, *grid = place
+    state: dict[str, Any] = {"shape": shape}
+    if isinstance(experts, range):
+        state["experts"] = experts.start, experts.stop
+    else:
+        state["listed"] = experts
+    return state | {axis: (part.start, part.stop) for axis, part in zip(("rows", "columns"), grid, strict=True)}
 
 
 _QDATA, _SCALE = (vars(PackedStorage)[part.name] for part in PARTS)  # slots
@@ -150,6 +171,8 @@ def _reduce_storage(storage: PackedStorage) -> tuple[Any, ...]:
         state["row_order"] = storage.row_order
     if geometry.align != ALIGN:
         state["align"] = geometry.align
+    if storage.place is not None:
+        state["place"] = _write_place(storage.place)
     return rebuild_storage, (qdata, scale, state)
 
 
@@ -180,7 +203,8 @@ def _share_storage(storage: PackedStorage) -> tuple[Any, ...]:
             storage.share_memory_()  # here, and not when torch pickles them, so that it is known where they are now
         storage.sent = True
         layouts = storage.layout.name, name_or_none(storage.requested_layout)
-        return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), *layouts, storage.row_order)
+        known = *layouts, storage.row_order, storage.place
+        return _receive_storage, (storage.qdata, storage.scale, tuple(storage.geometry), *known)
 
 
 def _receive_storage(
@@ -190,9 +214,11 @@ def _receive_storage(
     layout: str,
     shuffle_kind: str | None,
     row_order: RowOrder,
+    place: Place | None,
 ) -> PackedStorage:
     layouts = find_layout(layout), layout_or_none(shuffle_kind)
     storage = PackedStorage(qdata, scale, Geometry(*geometry), *layouts, row_order)
+    storage.place = place
     storage.sent = True
     return storage
 

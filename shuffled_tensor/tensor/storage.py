@@ -23,12 +23,16 @@ from shuffled_tensor.mxfp4 import PARTS, Part
 from shuffled_tensor.owners import is_real
 from shuffled_tensor.tensor.checksums import Checksums, checksum, checksums
 from shuffled_tensor.tensor.geometry import Geometry, RowOrder, Window, slice_of
+from shuffled_tensor.tensor.place import Agreement, Place
 from shuffled_tensor.tensor.unwritten import Unwritten
 from shuffled_tensor.tensor.validity import State, Validity
 
 __all__ = ["PackedStorage", "locked", "reading"]
 
 _Begun = TypeVar("_Begun")
+
+_RANKS = object()
+"""Holds the layout of weights on which ranks agreed."""
 
 _BY_CODES: WeakValueDictionary[int, PackedStorage] = WeakValueDictionary()
 """By the id of the tensor that is its `qdata`, or was."""
@@ -45,6 +49,8 @@ class PackedStorage:
         locked_layout: the one in which somebody outside holds the bytes, so that it must stay; or None. See
             :meth:`lock_layout`.
         sent: whether the memory was sent to another process.
+        place: which part of a whole this is; None where it is one.
+        agreed: with which ranks the layout was agreed on, in the sense of a collective; apart from the lock.
         validity: in which layout the bytes are, and whether they are a weight now.
         lock: held wherever bytes and layout must agree.
         running: of each call that reads the bytes now, a lock that it holds; nobody changes them before it is free.
@@ -56,9 +62,11 @@ class PackedStorage:
         "_owned",
         "_unwritten",
         "_writers",
+        "agreed",
         "geometry",
         "lock",
         "locked_layout",
+        "place",
         "qdata",
         "requested_layout",
         "running",
@@ -89,6 +97,8 @@ class PackedStorage:
         self.running: set[threading.RLock] = set()
         self._owned: int | None = None
         self._unwritten: Unwritten | None = None
+        self.place: Place | None = None
+        self.agreed: Agreement | None = None
 
     @property
     def layout(self) -> Layout:
@@ -214,6 +224,7 @@ class PackedStorage:
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedStorage:
         with self.held():
             copied = memo[id(self)] = self.with_bytes(self.qdata.clone(), self.scale.clone())
+            copied.place = self.place
         return copied
 
     @property
@@ -265,9 +276,9 @@ class PackedStorage:
             locked = self.locked_layout
             if locked is not None and not locked.same_bytes(layout, self.geometry.gate_up):
                 raise RuntimeError(
-                    f"the bytes were handed out by as_kernel_operands(), or captured in a CUDA graph, laid out as "
-                    f"{locked.name!r}, so they cannot be brought into {layout.name!r} under their holder; release() "
-                    "the operands, or clone() the tensor"
+                    f"the bytes were handed out by as_kernel_operands(), captured in a CUDA graph, or agreed on with "
+                    f"other ranks by agree_(), laid out as {locked.name!r}, so they cannot be brought into "
+                    f"{layout.name!r} under their holder; release() the operands, or clone() the tensor"
                 )
             self._permutation(layout)()
 
@@ -498,6 +509,53 @@ class PackedStorage:
                 self._writers.add(holder)
             self.locked_layout = self.layout
         return release
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether somebody outside holds these very bytes; ranks that agreed on their layout do not."""
+        return bool(self._holders - {_RANKS})
+
+    def agree(self, ranks: frozenset[int]) -> None:
+        """Keep the layout from now on: the same weights of these ranks lie alike. Others that agreed before stay."""
+        with self.lock:
+            before = self.agreed.ranks if self.agreed is not None and self.agrees(self.agreed.ranks) else frozenset()
+            self._holders.add(_RANKS)
+            self.locked_layout = self.layout
+            self.agreed = Agreement(before | ranks, self.layout)
+
+    def agrees(self, ranks: Iterable[int]) -> bool:
+        """Whether the bytes lie as all of these ranks agreed that they do."""
+        agreed = self.agreed
+        return (
+            agreed is not None
+            and agreed.ranks.issuperset(ranks)
+            and agreed.layout.same_bytes(self.layout, self.geometry.gate_up)
+        )
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Around the start of what writes bytes of another rank, as they lie, on the current stream: who waits for it
+        knows when they are there, as with a plain tensor. An exception leaves these bytes unusable."""
+        with self.lock, torch.no_grad(), self._made_in(), self.validity.changing():
+            self.validity.touch("receiving bytes of another rank")
+            yield
+
+    def received(self, layout: Layout) -> None:
+        """All bytes are those of other ranks, laid out so; work that the current stream waits for has written them.
+
+        Raises:
+            RuntimeError: the layout is locked to another one.
+        """
+        with self.lock:
+            locked = self.locked_layout
+            if locked is not None and not locked.same_bytes(layout, self.geometry.gate_up):
+                raise RuntimeError(
+                    f"bytes laid out as {layout.name!r} have come into a weight that somebody holds as "
+                    f"{locked.name!r}; release() its operands"
+                )
+            self.validity.layout = layout
+            self.validity.recover()
+            self.own()  # the memory may be other one
 
     def select(self, experts: range) -> tuple[Tensor, Tensor]:
         """Codes and scales of some experts, as they lie: views."""

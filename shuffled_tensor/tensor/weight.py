@@ -28,6 +28,7 @@ from shuffled_tensor.tensor.checks import (
 )
 from shuffled_tensor.tensor.geometry import ALIGN, Align, RowOrder, ShardDim, align_of, shard_range, slice_of
 from shuffled_tensor.tensor.part_view import PartView
+from shuffled_tensor.tensor.place import Place
 from shuffled_tensor.tensor.policy import KernelOperands
 from shuffled_tensor.tensor.storage import PackedStorage
 from shuffled_tensor.tensor.wrapper import Wrapper
@@ -369,7 +370,7 @@ class ShuffledMXFP4Tensor(Wrapper):
         return self
 
     def shard(self, rank: int, world_size: int, *, dim: ShardDim = "intermediate") -> ShuffledMXFP4Tensor:
-        """A copy of one rank's part, in the same layout.
+        """A copy of one rank's part, in the same layout, that knows its :attr:`place` in the whole.
 
         Args:
             rank: which part, from 0 to ``world_size - 1``.
@@ -391,15 +392,38 @@ class ShuffledMXFP4Tensor(Wrapper):
         size = self.shape[0] if dim == "expert" else self.shape[-2] // 2 if self.gate_up else self.shape[-1]
         part = shard_range(size, rank, world_size, dim)
         if dim == "expert":
-            return self[slice_of(part)].clone()  # type: ignore[return-value]
-        if not self.gate_up:
-            return self[..., slice_of(part)].clone()  # type: ignore[return-value]
-        halves = self._storage.halves(self._window.experts, part)
-        parts = (
-            data.flatten(1, 2)[..., slice_of(self._window.columns, of)].contiguous()
-            for of, data in zip(PARTS, halves, strict=True)
-        )
-        return self._like(self._storage.packed_alike(*parts, gate_up=True))
+            made, place = self[slice_of(part)].clone(), self.place.part(experts=part)
+        elif not self.gate_up:
+            made, place = self[..., slice_of(part)].clone(), self.place.part(columns=part)
+        else:
+            halves = self._storage.halves(self._window.experts, part)
+            parts = (
+                data.flatten(1, 2)[..., slice_of(self._window.columns, of)].contiguous()
+                for of, data in zip(PARTS, halves, strict=True)
+            )
+            made, place = self._like(self._storage.packed_alike(*parts, gate_up=True)), self.place.part(rows=part)
+        assert isinstance(made, ShuffledMXFP4Tensor)  # for the type checker
+        made.place = place
+        return made
+
+    @property
+    def place(self) -> Place:
+        """Which part of a whole weight this is: set by :meth:`shard` and ``load_experts``, and kept by copies. A weight
+        that nobody parted is a whole of its own, and so is a view of rows or columns.
+
+        It may be set, of a tensor that is no view, where others have moved bytes. Raises ValueError for one of another
+        shape.
+        """
+        return self.parted or Place.whole(self._window.shape, 2 if self.gate_up else 1)
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        storage = self._storage
+        if self._window != storage.whole():
+            raise ValueError("a view lies where the tensor of which it is one does, whose place can be set")
+        halves = storage.geometry.halves
+        place.check(self._window.shape, halves)
+        storage.place = None if place == Place.whole(place.shape, halves) else place
 
     def permute_experts_(self, order: Sequence[int] | Tensor) -> ShuffledMXFP4Tensor:
         """Expert ``order[i]`` becomes expert ``i``, weight and scale together, in place, with one expert of scratch.
@@ -431,6 +455,11 @@ class ShuffledMXFP4Tensor(Wrapper):
                         place = order[place]
                     data[place].copy_(kept)
                     done.add(place)
+            if self._storage.place is not None:
+                held = list(self._storage.place.experts)
+                for own, source in zip(self._window.experts, order, strict=True):
+                    held[own] = self._storage.place.experts[self._window.experts[source]]
+                self._storage.place = self._storage.place._replace(experts=tuple(held))
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]

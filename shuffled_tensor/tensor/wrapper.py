@@ -19,6 +19,7 @@ from shuffled_tensor.mxfp4 import CODES, PARTS, SCALES, Part
 from shuffled_tensor.tensor import policy
 from shuffled_tensor.tensor.base import StorageTensor
 from shuffled_tensor.tensor.geometry import Window, slice_of
+from shuffled_tensor.tensor.place import Place
 from shuffled_tensor.tensor.storage import PackedStorage
 
 if TYPE_CHECKING:
@@ -101,6 +102,14 @@ class Wrapper(StorageTensor):
         """Whether this is a view of some rows or columns, whose bytes have no place of their own in memory."""
         return self._index is not None and not self._storage.whole_rows(self._window)
 
+    @property
+    def parted(self) -> Place | None:
+        """Where this lies in the whole of which it is a part; None of a whole, and of a view of rows or columns."""
+        place = self._storage.place
+        if place is None or self.is_part_of_experts:
+            return None
+        return place if self._index is None else place.part(experts=self._window.experts)
+
     def _own_bytes(self, part: Part) -> Tensor:
         if self.is_part_of_experts:
             raise ValueError(
@@ -166,7 +175,7 @@ class Wrapper(StorageTensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if self._storage.locked_layout is not None:
+        if self._storage.handed_out:
             raise RuntimeError(
                 "the bytes were handed out by as_kernel_operands(), whose holder would not see others; write values "
                 "with copy_"

@@ -18,7 +18,7 @@ from shuffled_tensor.layouts import MAX_SCRATCH, Mover, Order
 from shuffled_tensor.mxfp4 import CODES
 from shuffled_tensor.owners import is_real
 
-__all__ = ["Strips", "TritonMover", "move", "scratch", "strips_of"]
+__all__ = ["Strips", "TritonMover", "move", "on", "scratch", "strips_of"]
 
 _log = logging.getLogger("shuffled_tensor")
 
@@ -168,7 +168,7 @@ def move(order: Order, source: Tensor, target: Tensor, held: Tensor | None = Non
     assert strips is not None
     if source.numel() == 0:
         return
-    with _on(source.device):
+    with on(source.device):
         if order.part is not CODES:
             _move_scales(strips, source, target, inverse)
         elif held is not None and order.interleaved:
@@ -251,6 +251,6 @@ def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device; on a CPU, its interpreter does."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Quantising at the speed of memory: every value is read once, and no float32 copy of any is made.
+
+The same integer arithmetic as :mod:`shuffled_tensor.mxfp4`, so the same bytes; on bits throughout, because a GPU may
+flush subnormal numbers.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["quantize"]
+
+_NORMAL: tl.constexpr = tl.constexpr(1 << 23)  # bits of float32: of the smallest normal number
+_INFINITY: tl.constexpr = tl.constexpr(255 << 23)  # of infinity
+
+
+@triton.jit
+def _scaled(magnitude, exponent):
+    """Bits of float32 magnitudes, divided by their scale, with smaller exponents than float32 has for subnormals."""
+    below = tl.minimum(tl.maximum(magnitude, 1), _NORMAL).to(tl.float32).to(tl.int32, bitcast=True)
+    return below - (149 << 23) + (tl.maximum(magnitude, _NORMAL) - _NORMAL) - ((exponent - 127) << 23)
+
+
+@triton.jit
+def _code(bits, exponent, BOUNDARIES: tl.constexpr):
+    scaled = _scaled(bits & 0x7FFFFFFF, exponent)
+    code = (bits >> 28) & 8  # the sign
+    for index in tl.static_range(len(BOUNDARIES)):
+        code += (scaled > BOUNDARIES[index]).to(tl.int32)
+    return code
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def quantize(Values, Codes, Scales, blocks, RULE: tl.constexpr, BOUNDARIES: tl.constexpr, BLOCKS: tl.constexpr):
+    """A program has ``BLOCKS`` blocks of 32: int32 words of two bfloat16 each, or the bits of float32 numbers."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    pair = block * 16 + tl.arange(0, 16)[None, :]
+    inside = block < blocks
+    if Values.dtype.element_ty == tl.int64:  # two float32
+        words = tl.load(Values + pair, mask=inside, other=0)
+        even, odd = words.to(tl.int32), (words >> 32).to(tl.int32)
+    else:
+        words = tl.load(Values + pair, mask=inside, other=0)
+        even, odd = words << 16, words & -65536
+    amax = tl.max(tl.maximum(even & 0x7FFFFFFF, odd & 0x7FFFFFFF), 1, keep_dims=True)
+    if RULE == "floor":
+        exponent = (amax >> 23) - 2
+    elif RULE == "even":
+        exponent = ((amax + 0x200000) >> 23) - 2
+    elif RULE == "round_up":
+        exponent = tl.maximum(((amax + 0x3FFFFF) >> 23) - 2, (amax > 2).to(tl.int32))
+    else:
+        tl.static_assert(RULE == "amax4")
+        exponent = ((amax + 0x400000) >> 23) - 2
+    exponent = tl.minimum(tl.maximum(exponent, 0), 254)
+    tl.store(Scales + block, tl.where(amax < _INFINITY, exponent, 255).to(tl.uint8), mask=inside)
+    byte = _code(even, exponent, BOUNDARIES) | (_code(odd, exponent, BOUNDARIES) << 4)
+    tl.store(Codes + pair, byte.to(tl.uint8), mask=inside)
