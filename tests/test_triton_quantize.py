@@ -55,10 +55,13 @@ def test_the_kernel_gives_the_same_bytes(values: Tensor, rule: ScaleRule, device
         assert torch.equal(found, expected)
 
 
-def test_blocks_that_fill_no_program_and_values_that_lie_anywhere() -> None:
-    whole = every_bfloat16()[:200].repeat(1, 2)
+def test_blocks_that_fill_no_program_and_values_that_lie_anywhere(device: str) -> None:
+    whole = every_bfloat16()[:200].repeat(1, 2).to(device)
     for values in (whole[:3, :BLOCK], whole[1:, 32:64], whole.view(-1)[1:641].view(5, 128)):
-        pair = [torch.full((len(values) + 1, values.shape[1] // part.per_byte), 7).byte() for part in mxfp4.PARTS]
+        pair = [
+            whole.new_full((len(values) + 1, values.shape[1] // part.per_byte), 7, dtype=torch.uint8)
+            for part in mxfp4.PARTS
+        ]
         quantizer.launch(values, *(data[:-1] for data in pair), "even")
         for found, expected in zip(pair, by_torch(values, "even"), strict=True):
             assert torch.equal(found[:-1], expected)
