@@ -68,6 +68,19 @@ def test_blocks_that_fill_no_program_and_values_that_lie_anywhere(device: str) -
             assert (found[-1] == 7).all()
 
 
+@pytest.mark.parametrize("largest", range(2, 8))
+@pytest.mark.parametrize("rule", SCALE_RULES)
+def test_subnormal_numbers_beside_larger_ones(rule: ScaleRule, largest: int, device: str) -> None:
+    """A whole program of blocks in which they are as near to a scale as can be, and one step nearer than that."""
+    bits = torch.linspace(0, (1 << 23) + 4, BLOCK * 128, dtype=torch.float64).int().view(128, BLOCK)
+    bits[:, 0] = (largest << 23) + torch.arange(128, dtype=torch.int32) * (1 << 15)
+    values = bits.view(torch.float32).view(64, 2 * BLOCK).to(device)
+    qdata, scale = (values.new_empty(64, 64 // part.per_byte, dtype=torch.uint8) for part in mxfp4.PARTS)
+    quantizer.launch(values, qdata, scale, rule)
+    for found, expected in zip((qdata, scale), by_torch(values, rule), strict=True):
+        assert torch.equal(found, expected)
+
+
 class Noted(quantizer.TritonQuantizer):  # type: ignore[misc,name-defined]
     """As on a GPU."""
 

@@ -11,6 +11,7 @@ import triton.language as tl
 __all__ = ["quantize"]
 
 _NORMAL: tl.constexpr = tl.constexpr(1 << 23)  # bits of float32: of the smallest normal number
+_SUBNORMAL: tl.constexpr = tl.constexpr(3)  # exponent of scales that subnormal numbers are less than a quarter of
 _INFINITY: tl.constexpr = tl.constexpr(255 << 23)  # of infinity
 
 
@@ -22,12 +23,12 @@ def _scaled(magnitude, exponent):
 
 
 @triton.jit
-def _code(bits, exponent, BOUNDARIES: tl.constexpr):
-    scaled = _scaled(bits & 0x7FFFFFFF, exponent)
-    code = (bits >> 28) & 8  # the sign
-    for index in tl.static_range(len(BOUNDARIES)):
-        code += (scaled > BOUNDARIES[index]).to(tl.int32)
-    return code
+def _code(bits, scaled, BOUNDARIES: tl.constexpr):
+    """From the bits of a float32 and those of its magnitude, divided by its scale. From 1 on, codes are float32's bits
+    cut behind the first of the mantissa, rounded to even; below, there are two."""
+    rounded = ((scaled + 0x1FFFFF + ((scaled >> 22) & 1)) >> 22) - 252
+    below = (scaled > BOUNDARIES[0]).to(tl.int32) + (scaled > BOUNDARIES[1]).to(tl.int32)
+    return ((bits >> 28) & 8) | tl.minimum(tl.maximum(rounded, below), 7)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -54,5 +55,10 @@ def quantize(Values, Codes, Scales, blocks, RULE: tl.constexpr, BOUNDARIES: tl.c
         exponent = ((amax + 0x400000) >> 23) - 2
     exponent = tl.minimum(tl.maximum(exponent, 0), 254)
     tl.store(Scales + block, tl.where(amax < _INFINITY, exponent, 255).to(tl.uint8), mask=inside)
-    byte = _code(even, exponent, BOUNDARIES) | (_code(odd, exponent, BOUNDARIES) << 4)
+    if tl.min(exponent) < _SUBNORMAL:
+        of_even, of_odd = _scaled(even & 0x7FFFFFFF, exponent), _scaled(odd & 0x7FFFFFFF, exponent)
+    else:
+        shift = (exponent - 127) << 23
+        of_even, of_odd = (even & 0x7FFFFFFF) - shift, (odd & 0x7FFFFFFF) - shift
+    byte = _code(even, of_even, BOUNDARIES) | (_code(odd, of_odd, BOUNDARIES) << 4)
     tl.store(Codes + pair, byte.to(tl.uint8), mask=inside)
