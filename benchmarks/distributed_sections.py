@@ -33,6 +33,7 @@ from distributed_rows import (
     nbytes,
     row,
     same,
+    say,
     seconds,
 )
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ from shuffled_tensor import (
     scatter_,
     sharded,
 )
+
+LAYERS = 4
+"""That a trainer sends in one call."""
 
 
 def agreement() -> None:
@@ -305,6 +309,47 @@ def moves() -> None:
         )
 
 
+def pushes_of_layers() -> None:
+    """Several layers in one call, as a trainer sends a model."""
+    names, values, held = ["w13", "w2"] * LAYERS, [], []
+    for index, name in enumerate(names):
+        shape = (EXPERTS, 2 * INTERMEDIATE, HIDDEN) if name == "w13" else (EXPERTS, HIDDEN, INTERMEDIATE)
+        generator = torch.Generator(DEVICE).manual_seed(index)
+        values.append(torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16))
+        held.append(empty(name, EXPERTS, OWN_KIND))
+    orders: Any = [("contiguous" if name == "w13" else None) for name in names]
+    want = [
+        ShuffledMXFP4Tensor.from_hp(each, gate_up=order is not None, row_order=order)
+        for each, order in zip(values, orders, strict=True)
+    ]
+    packed = sum(each.numel() // part.per_byte for each in want for part in mxfp4.PARTS)
+    given = {"values": values, "row_order": orders} if RANK == 0 else {}
+
+    def bf16() -> None:
+        for each in values:
+            dist.broadcast(each, 0)
+
+    def engines() -> None:
+        for each, weight in zip(values, held, strict=True):
+            dist.broadcast(each, 0)
+            if RANK:
+                weight.refit_from_hp_(each)
+
+    alone, with_quantising = seconds(bf16), seconds(engines)
+    plain = flat(packed)
+    as_bytes = seconds(lambda: dist.broadcast(plain, 0))
+    broadcast_(held, **given)
+    for weight in held:
+        weight.zero_()
+    broadcast_(held, **given)
+    right = all(map(same, held, want))
+    took = seconds(lambda: broadcast_(held, **given))
+    ratios = f"{took / alone:.2f} of bf16's time, {took / with_quantising:.2f} with quantising"
+    row(f"broadcast_ of {LAYERS} layers from bf16 ({ratios})", right, packed, took, as_bytes)
+    if RANK == 0:
+        say("    their plain broadcast in bfloat16", True, sum(each.nbytes for each in values), alone)
+
+
 def pushes() -> None:
     for name in ("w13", "w2"):
         shape = (EXPERTS, 2 * INTERMEDIATE, HIDDEN) if name == "w13" else (EXPERTS, HIDDEN, INTERMEDIATE)
@@ -368,5 +413,5 @@ def pushes() -> None:
 
 SECTIONS = {
     section.__name__: section
-    for section in (agreement, moves, pushes, collectives, dtensors, checkpoints, fsdp, layers)
+    for section in (agreement, moves, pushes, pushes_of_layers, collectives, dtensors, checkpoints, fsdp, layers)
 }

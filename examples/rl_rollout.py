@@ -65,8 +65,7 @@ def train() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        broadcast_(None, w13, row_order="contiguous")
-        broadcast_(None, w2)
+        broadcast_([None, None], [w13, w2], row_order=["contiguous", None])
         answer = torch.empty_like(x)
         dist.broadcast(answer, src=1)
         expected = fused_moe(x, *packed(w13.detach(), w2.detach()), topk_weight, ids)
@@ -104,8 +103,7 @@ def serve() -> None:
     answer = captured(lambda: fused_moe(x, w13, w2, topk_weight, ids))
     addresses = [weight.qdata.data_ptr() for weight in (w13, w2)]
     for _ in range(STEPS):
-        broadcast_(w13)
-        broadcast_(w2)
+        broadcast_([w13, w2])
         assert addresses == [weight.qdata.data_ptr() for weight in (w13, w2)]
         dist.broadcast(answer().contiguous(), src=1)
 

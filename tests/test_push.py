@@ -145,6 +145,37 @@ def test_experts_that_are_listed(at: Rank) -> None:
     assert torch.equal(whole.dequantize(torch.float64), want)
 
 
+@on_ranks(2, 4)
+def test_several_weights_in_one_call(at: Rank) -> None:
+    """Of several chunks each, into parts that one rank holds none of; ranks speak to each other once."""
+    rank, told = at.rank, []
+    real = push._told
+    for send in (broadcast_, scatter_):
+        weights = [
+            None if (rank, index) == (1, 1) else part_of(make(name, KINDS[rank]), "ep x tp", rank, at.world)
+            for index, name in enumerate(("w13", "w2", "w2"))
+        ]
+        addresses = [None if weight is None else weight.qdata.data_ptr() for weight in weights]
+        values = [values_of("w13"), values_of("w2"), make("w2", salt=9)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(push, "_CHUNK", 60_000)
+            patch.setattr(push, "_told", lambda *args: told.append(1) or real(*args))
+            send(weights, values if rank == 0 else None, row_order=["contiguous", None, None] if rank == 0 else None)
+        for index, want in enumerate((quantised("w13"), quantised("w2"), make("w2", salt=9))):
+            weight = weights[index]
+            if weight is not None:
+                want = part_of(want, "ep x tp", rank, at.world)
+                assert weight.logical_checksum() == want.logical_checksum(), (send, index)
+                assert weight.qdata.data_ptr() == addresses[index]
+    assert len(told) == 2
+    weight = make("w2")
+    with pytest.raises(ValueError, match="rank 0: values must be one, or as many as there are weights, found 1 for 2"):
+        broadcast_([weight, weight], [weight] if rank == 0 else None)
+    with pytest.raises(ValueError, match="every rank must pass as many weights, found 1, 2"):
+        broadcast_([weight] * (2 if rank else 1))
+    assert torch.equal(weight.dequantize(torch.float64), dense(*parts_of("w2")))
+
+
 @on_ranks(2)
 def test_what_ranks_say_may_be_long(at: Rank) -> None:
     """A place of experts that were listed is more than a page where they are thousands."""

@@ -5,9 +5,8 @@ rank's own layout where they arrive."""
 from __future__ import annotations
 
 import ctypes
-import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from shuffled_tensor import mxfp4
 from shuffled_tensor.distributed.agreement import gathered
-from shuffled_tensor.mxfp4 import PARTS, Part, ScaleRule
+from shuffled_tensor.distributed.pieces import cut, overlap, size, views, write
+from shuffled_tensor.mxfp4 import ScaleRule
 from shuffled_tensor.tensor.checks import check_high_precision, check_row_order
-from shuffled_tensor.tensor.geometry import RowOrder, Window, part_rows, slice_of
+from shuffled_tensor.tensor.geometry import RowOrder, part_rows
 from shuffled_tensor.tensor.place import Place
 from shuffled_tensor.tensor.weight import ShuffledMXFP4Tensor
 
@@ -34,13 +34,13 @@ _PAGE = 4096
 
 
 def broadcast_(
-    weight: ShuffledMXFP4Tensor | None,
-    values: Tensor | None = None,
+    weight: ShuffledMXFP4Tensor | Sequence[ShuffledMXFP4Tensor | None] | None,
+    values: Tensor | Sequence[Tensor | None] | None = None,
     *,
     src: int = 0,
     group: dist.ProcessGroup | None = None,
-    place: Place | None = None,
-    row_order: RowOrder | None = None,
+    place: Place | Sequence[Place | None] | None = None,
+    row_order: RowOrder | Sequence[RowOrder | None] | None = None,
     scale_rule: ScaleRule = "even",
 ) -> None:
     """Values of one rank into the weights of all: everything goes to every rank, which keeps what it holds a part of.
@@ -49,9 +49,12 @@ def broadcast_(
     part and layout, and the addresses stay. So the result is, to the bit, what quantising the whole and parting it
     would be. Scratch is two messages, each of 128 MiB or one expert. Collective: every rank calls it.
 
+    Several weights go in one call, as lists: ranks tell each other what they hold once, and no wire waits between two
+    of them. ``place`` and ``row_order`` are one for all then, or a list.
+
     Args:
         weight: this rank's weight ``[E, N, K]`` or ``[N, K]``, whole or a part that knows its place; None on a rank
-            that only sends.
+            that only sends. Or a list of such, as many on every rank.
         values: on ``src`` what to send, by default its weight: a :class:`ShuffledMXFP4Tensor`, whose bytes are sent, or
             bfloat16, float16, float32 or float64 of a weight's shape, which are quantised.
         src: the rank in ``group`` that sends. What its arguments say, the others need not give.
@@ -76,13 +79,13 @@ def broadcast_(
 
 
 def scatter_(
-    weight: ShuffledMXFP4Tensor | None,
-    values: Tensor | None = None,
+    weight: ShuffledMXFP4Tensor | Sequence[ShuffledMXFP4Tensor | None] | None,
+    values: Tensor | Sequence[Tensor | None] | None = None,
     *,
     src: int = 0,
     group: dist.ProcessGroup | None = None,
-    place: Place | None = None,
-    row_order: RowOrder | None = None,
+    place: Place | Sequence[Place | None] | None = None,
+    row_order: RowOrder | Sequence[RowOrder | None] | None = None,
     scale_rule: ScaleRule = "even",
 ) -> None:
     """As :func:`broadcast_`, but each rank is sent only what it holds.
@@ -161,72 +164,126 @@ class _Source(NamedTuple):
 
 
 def _push(
-    weight: ShuffledMXFP4Tensor | None,
-    values: Tensor | None,
+    weight: Any,
+    values: Any,
     src: int,
     group: dist.ProcessGroup | None,
-    place: Place | None,
-    row_order: RowOrder | None,
+    place: Any,
+    row_order: Any,
     scale_rule: ScaleRule,
     *,
     scatter: bool,
 ) -> None:
-    source = held = None
+    weights: list[ShuffledMXFP4Tensor | None] = list(weight) if isinstance(weight, (list, tuple)) else [weight]
+    own: list[tuple[_Side, _Side | None]] = []
+    sources: list[_Source | None] = []
     try:
-        held = None if weight is None else _place_of(weight)
-        side = _Side(held, weight is not None and weight.gate_up)
-        if dist.get_rank(group) == src:
-            source = _Source.of(weight, values, place, row_order, scale_rule)
+        options = {"values": values, "place": place, "row_order": row_order}
+        given = [_each(name, some, len(weights)) for name, some in options.items()]
+        for one, data, where, order in zip(weights, *given, strict=True):
+            side = _Side(None if one is None else _place_of(one), one is not None and one.gate_up)
+            sends = dist.get_rank(group) == src
+            sources.append(_Source.of(one, data, where, order, scale_rule) if sends else None)
+            own.append((side, sources[-1] and sources[-1].side))
     except (TypeError, ValueError, RuntimeError) as error:  # every rank is told
-        side = _Side(None, error=error)
-    every: list[tuple[_Side, _Side | None]] = _told((side, source and source.side), group)
-    sides = [side for side, _ in every]
-    sent, halves, kind = _check_fit(sides, every[src][1], src)
-    device = _device(group, kind) if weight is None else weight.device
-    step = max(1, _CHUNK // max(1, _size(sent._replace(experts=(0,)), halves)))
-    chunks = [sent._replace(experts=sent.experts[first : first + step]) for first in range(0, len(sent.experts), step)]
-    buffers = [torch.empty(_size(chunk, halves), dtype=torch.uint8, device=device) for chunk in chunks[:2]]
-    into = None if held is None or (source is not None and source.values is weight) else _overlap(sent, held)
+        own = [(_Side(None, error=error), None)] * len(weights)
+    ranks: list[list[tuple[_Side, _Side | None]]] = _told(own, group)
+    if len({len(rank) for rank in ranks}) > 1:
+        raise ValueError(f"every rank must pass as many weights, found {', '.join(str(len(rank)) for rank in ranks)}")
+    pushes = []
+    for one, source, every in zip(weights, sources or [None] * len(weights), zip(*ranks, strict=True), strict=True):
+        sides = [side for side, _ in every]
+        pushes.append(_Push.of(one, source, sides, _check_fit(sides, every[src][1], src)))
+    steps = [(push, number) for push in pushes for number in range(len(push.chunks))]
+    sizes = [size(push.chunks[number], push.halves) for push, number in steps]
+    device = _device(group, pushes[0].kind) if weights[0] is None else weights[0].device
+    buffers = [torch.empty(max(sizes[index::2]), dtype=torch.uint8, device=device) for index in range(len(sizes[:2]))]
+    with ExitStack() as stack:
+        for push in pushes:
+            push.enter(stack)
+        before: tuple[_Push, _Message] | None = None
+        for index, (push, number) in enumerate(steps):
+            message = push.begin(number, buffers[index % 2][: sizes[index]], src, group, scatter)
+            if before is not None:
+                before[0].end(before[1])
+            before = push, message
+        if before is not None:
+            before[0].end(before[1])
 
-    def begin(number: int) -> _Message:
-        chunk, buffer = chunks[number], buffers[number % 2]
-        if source is not None:
-            source.read(number * step, _views(buffer, chunk, halves))
+
+def _each(name: str, given: Any, count: int) -> Sequence[Any]:
+    """One for each weight."""
+    if isinstance(given, Place) or not isinstance(given, (list, tuple)):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{name} must be one, or as many as there are weights, found {len(given)} for {count}")
+    return given
+
+
+class _Push(NamedTuple):
+    """One weight's values, on their way in chunks."""
+
+    weight: ShuffledMXFP4Tensor | None
+    source: _Source | None
+    sides: list[_Side]
+    halves: int
+    kind: str
+    """Of the sender's device."""
+    step: int
+    """Experts of a chunk."""
+    chunks: list[Place]
+    into: Place | None
+    """What comes to this rank's weight."""
+
+    @classmethod
+    def of(
+        cls,
+        weight: ShuffledMXFP4Tensor | None,
+        source: _Source | None,
+        sides: list[_Side],
+        sent: tuple[Place, int, str],
+    ) -> _Push:
+        place, halves, kind = sent
+        step = max(1, _CHUNK // max(1, size(place._replace(experts=(0,)), halves)))
+        experts = place.experts
+        chunks = [place._replace(experts=experts[first : first + step]) for first in range(0, len(experts), step)]
+        its_own = weight is None or (source is not None and source.values is weight)
+        into = None if weight is None or its_own else overlap(place, _place_of(weight))
+        return cls(weight, source, sides, halves, kind, step, chunks, into)
+
+    def enter(self, stack: ExitStack) -> None:
+        """Until the stack ends, the weight is being written."""
+        if self.weight is not None and self.into is not None:
+            held, into = _place_of(self.weight), self.into
+            all_of_it = into.rows == held.rows and into.columns == held.columns and {*into.experts} == {*held.experts}
+            whole = all_of_it and self.weight._window == self.weight._storage.whole()
+            stack.enter_context(self.weight._storage.writing(whole=whole))
+            self.weight._storage.touch()  # at once: when it ends early, other ranks may have been written already
+
+    def begin(self, number: int, buffer: Tensor, src: int, group: dist.ProcessGroup | None, scatter: bool) -> _Message:
+        chunk = self.chunks[number]
+        if self.source is not None:
+            self.source.read(number * self.step, views(buffer, chunk, self.halves))
         if not scatter:
-            buffer = buffer[: _size(chunk, halves)]
             return _Message([dist.broadcast(buffer, group=group, group_src=src, async_op=True)], chunk, buffer, {})
-        if source is None:
-            piece = None if into is None else _overlap(chunk, into)
-            received = {} if piece is None else {src: buffer[: _size(piece, halves)]}
+        if self.source is None:
+            piece = None if self.into is None else overlap(chunk, self.into)
+            received = {} if piece is None else {src: buffer[: size(piece, self.halves)]}
             return _Message(_exchange(dist.irecv, received, group), piece, buffer, received)
-        pieces = [None if side.place is None else _overlap(chunk, side.place) for side in sides]
-        cut = {
-            rank: _cut(buffer, chunk, piece, halves)
+        pieces = [None if side.place is None else overlap(chunk, side.place) for side in self.sides]
+        parts = {
+            rank: cut(buffer, chunk, piece, self.halves)
             for rank, piece in enumerate(pieces)
             if rank != src and piece is not None
         }
-        return _Message(_exchange(dist.isend, cut, group), chunk, buffer, cut)
+        return _Message(_exchange(dist.isend, parts, group), chunk, buffer, parts)
 
-    def end(message: _Message) -> None:
+    def end(self, message: _Message) -> None:
+        """Wait for a chunk, and write it."""
         for work in message.works:
             work.wait()
-        if weight is not None and into is not None and message.place is not None:
-            _write(weight, message.place, _views(message.buffer, message.place, halves))
-
-    with ExitStack() as stack:
-        if weight is not None and into is not None and held is not None:
-            all_of_it = into.rows == held.rows and into.columns == held.columns and {*into.experts} == {*held.experts}
-            whole = all_of_it and weight._window == weight._storage.whole()
-            stack.enter_context(weight._storage.writing(whole=whole))
-            weight._storage.touch()  # at once: when it ends early, other ranks may have been written already
-        before = None
-        for number in range(len(chunks)):
-            message = begin(number)
-            if before is not None:
-                end(before)
-            before = message
-        if before is not None:
-            end(before)
+        if self.weight is not None and self.into is not None and message.place is not None:
+            write(self.weight, message.place, views(message.buffer, message.place, self.halves))
 
 
 def _told(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -286,86 +343,3 @@ def _device(group: dist.ProcessGroup | None, kind: str) -> torch.device:
 def _exchange(operation: Any, messages: dict[int, Tensor], group: dist.ProcessGroup | None) -> list[Any]:
     operations = [dist.P2POp(operation, data, group=group, group_peer=peer) for peer, data in messages.items()]
     return list(dist.batch_isend_irecv(operations)) if operations else []
-
-
-def _common(one: range, other: range) -> range:
-    return range(max(one.start, other.start), min(one.stop, other.stop))
-
-
-def _overlap(sent: Place, held: Place) -> Place | None:
-    """What of it comes to somebody, with experts in the order in which they are sent; None where nothing does."""
-    wanted = set(held.experts)
-    experts = tuple(expert for expert in sent.experts if expert in wanted)
-    rows, columns = _common(sent.rows, held.rows), _common(sent.columns, held.columns)
-    return sent._replace(experts=experts, rows=rows, columns=columns) if experts and rows and columns else None
-
-
-def _shapes(place: Place, halves: int) -> list[tuple[int, int, int, int]]:
-    """Of codes and scales in a message: experts, halves, rows of each, and bytes."""
-    return [(len(place.experts), halves, len(place.rows), len(place.columns) // part.per_byte) for part in PARTS]
-
-
-def _size(place: Place, halves: int) -> int:
-    return sum(map(math.prod, _shapes(place, halves)))
-
-
-def _views(buffer: Tensor, place: Place, halves: int) -> tuple[Tensor, Tensor]:
-    """The codes and the scales in a message."""
-    codes, scales = _shapes(place, halves)
-    middle = math.prod(codes)
-    return buffer[:middle].view(codes), buffer[middle : middle + math.prod(scales)].view(scales)
-
-
-def _runs(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[range, range]]:
-    """Pairs of numbers, where both follow each other taken together."""
-    run: list[tuple[int, int]] = []
-    for pair in pairs:
-        if run and pair != (run[-1][0] + 1, run[-1][1] + 1):
-            yield range(run[0][0], run[-1][0] + 1), range(run[0][1], run[-1][1] + 1)
-            run = []
-        run.append(pair)
-    if run:
-        yield range(run[0][0], run[-1][0] + 1), range(run[0][1], run[-1][1] + 1)
-
-
-def _inside(whole: Place, piece: Place, data: Tensor, part: Part) -> Tensor:
-    """The rows and columns of a piece, of codes or scales ``[experts, halves, rows, bytes]`` that hold more of them."""
-    rows, columns = (
-        range(inner.start - outer.start, inner.stop - outer.start)
-        for inner, outer in ((piece.rows, whole.rows), (piece.columns, whole.columns))
-    )
-    return data[:, :, slice_of(rows), slice_of(columns, part)]
-
-
-def _cut(buffer: Tensor, chunk: Place, piece: Place, halves: int) -> Tensor:
-    """A message of its own for a piece of a chunk; the chunk's, where that is all of it."""
-    if _size(piece, halves) == _size(chunk, halves):
-        return buffer[: _size(chunk, halves)]
-    message, wanted = buffer.new_empty(_size(piece, halves)), set(piece.experts)
-    picked = [(place, index) for place, index in enumerate(i for i, e in enumerate(chunk.experts) if e in wanted)]
-    for part, out, data in zip(PARTS, _views(message, piece, halves), _views(buffer, chunk, halves), strict=True):
-        for to, of in _runs(picked):
-            out[slice_of(to)].copy_(_inside(chunk, piece, data[slice_of(of)], part))
-    return message
-
-
-def _write(weight: ShuffledMXFP4Tensor, sent: Place, message: tuple[Tensor, Tensor]) -> None:
-    """What a weight holds of some experts that came."""
-    held, storage = weight.place, weight._storage
-    piece = _overlap(sent, held)
-    if piece is None:
-        return
-    index = {expert: number for number, expert in enumerate(sent.experts)}
-    slots = ((slot, index[expert]) for slot, expert in enumerate(held.experts) if expert in index)
-    columns = range(piece.columns.start - held.columns.start, piece.columns.stop - held.columns.start)
-    parts = [_inside(sent, piece, data, part) for data, part in zip(message, PARTS, strict=True)]
-    for to, of in _runs(slots):
-        window = Window(weight._window.experts[to.start : to.stop], range(storage.geometry.rows), columns)
-        if piece.rows == held.rows:  # of both halves at once
-            codes, scales = (data[slice_of(of)].flatten(1, 2) for data in parts)
-            storage.write(window, codes, scales)
-            continue
-        for half in range(storage.geometry.halves):
-            first = half * len(held.rows) + piece.rows.start - held.rows.start
-            codes, scales = (data[slice_of(of), half] for data in parts)
-            storage.write(window._replace(rows=range(first, first + len(piece.rows))), codes, scales)
