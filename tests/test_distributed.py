@@ -205,6 +205,59 @@ def test_agreement_is_with_the_ranks_of_its_group(at: Rank) -> None:
 
 
 @on_ranks(2)
+def test_a_buffer_of_one_layer_receives_another(at: Rank) -> None:
+    """Layers of one size lie alike, also where only the first was used."""
+    first, second = make("w2", "mxfp4_moe"), make("w2", salt=at.rank)
+    agree_([first, second])
+    buffer = torch.empty_like(first)
+    if at.rank == 0:
+        dist.send(second, 1)
+    else:
+        dist.recv(buffer, 0)
+        assert_is(buffer, values("w2"))
+
+
+@on_ranks(2)
+def test_the_order_of_rows_comes_along(at: Rank) -> None:
+    """So that who loads the whole again brings its rows in that order."""
+    codes, scale = parts_of("w13")
+    local = ShuffledMXFP4Tensor(codes[own(at)], scale[own(at)], gate_up=True, row_order="interleaved")
+    mesh = init_device_mesh("cpu", (at.world,))
+    for agreed in (False, True):
+        if agreed:
+            agree_([local])
+        whole = DTensor.from_local(local, mesh, [Shard(0)]).full_tensor()
+        assert whole.row_order == "interleaved"
+        whole.qdata_view.copy_(codes)
+        expected = ShuffledMXFP4Tensor(codes, scale, gate_up=True, row_order="interleaved")
+        assert torch.equal(whole.dequantize(), expected.dequantize())
+
+
+@on_ranks(4)
+def test_shards_of_rows_are_saved_by_their_place(at: Rank) -> None:
+    """fully_shard, over two ranks, of halves of rows that two others have."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    part = mesh["tensor"].get_local_rank()
+    module = nn.Module()
+    module.w = nn.Parameter(make("w13").shard(part, 2))
+    fully_shard(module, mesh=mesh["data"])
+    held = module.w.to_local()
+    first = mesh["data"].get_local_rank() * E // 2
+    assert (held.place.experts, held.place.rows) == (
+        range(first, first + E // 2),
+        range(I // 2 * part, I // 2 * (part + 1)),
+    )
+    folder = str(at.folder)
+    dcp.save(sharded({"w": module.w}), checkpoint_id=folder)
+    whole = torch.zeros_like(make("w13"))
+    dcp.load({"w": whole}, checkpoint_id=folder)
+    assert_is(whole, values("w13"))
+    held.zero_()
+    dcp.load(sharded({"w": module.w}), checkpoint_id=folder)
+    assert_is(module.w.to_local(), make("w13").shard(part, 2)[first : first + E // 2].dequantize(torch.float64))
+
+
+@on_ranks(2)
 def test_what_was_known_of_scales_is_forgotten_with_them(at: Rank) -> None:
     codes, scale = parts_of("w2")
     weight = ShuffledMXFP4Tensor(codes, torch.full_like(scale, 200 if at.rank == 0 else 100), gate_up=False)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shuffled_tensor import ShuffledMXFP4Tensor, fused_moe
-from shuffled_tensor.distributed import Move, agree_, move_experts_, plan_moves
+from shuffled_tensor.distributed import Move, agree_, move_experts_, moves, plan_moves
 
 from .support.bytes import addresses, coded, moderate_scales
 from .support.judges import dense, dense_moe, relative_error
@@ -269,3 +269,12 @@ def test_a_move_that_ends_early_leaves_weights_unusable(at: Rank) -> None:
             weight.dequantize()
     with pytest.raises(RuntimeError, match="cannot be used"):
         move_experts_(weights, now, new)
+
+
+def test_a_weight_that_is_named_twice_is_not_moved_twice() -> None:
+    weight = ShuffledMXFP4Tensor(coded(2, 64, 32), coded(2, 64, 2), gate_up=False)
+    with pytest.raises(ValueError, match="two of the weights are the same memory, which would move twice"):
+        moves._check([weight, weight.detach()], [0, 1], [1, 0])
+    part = weight.shard(0, 1, dim="expert")
+    with pytest.raises(ValueError, match=r"is of a whole of 2 experts, and new says \[-1, 0\]"):
+        moves._check([part], [0, 1], [-1, 0])

@@ -175,3 +175,22 @@ def test_loading_says_which_part_it_is(tmp_path: Path) -> None:
     load_experts(tmp_path, into=module, rank=1, world_size=2)
     assert module.experts.w13_weight.place == PARTS["experts"][2]
     assert torch.equal(module.experts.w13_weight.dequantize(torch.float64), in_whole("w13", PARTS["experts"][2]))
+
+
+def test_experts_of_a_place_are_numbers_in_their_order() -> None:
+    """A stepped range is a list of its own, and ids out of a tensor are numbers; others are refused."""
+    weight = make_weight("w2")
+    whole = weight.place
+    part = weight[torch.tensor([1, 3])].clone()
+    for experts in (range(1, 4, 2), tuple(torch.tensor([1, 3])), (1, 3)):
+        part.place = whole._replace(experts=experts)
+        assert part.place.experts == (1, 3)
+        assert all(type(expert) is int for expert in part.place.experts)
+    with pytest.raises(TypeError, match="the experts of a place must be whole numbers, found 1.5"):
+        part.place = whole._replace(experts=(1.5, 3))  # type: ignore[arg-type]
+
+
+def test_all_of_a_whole_is_a_place_too() -> None:
+    """What a move in a group of one makes of it is known afterwards."""
+    part = make_weight("w13").shard(0, 1, dim="expert").permute_experts_([3, 2, 1, 0])
+    assert part.place.experts == (3, 2, 1, 0)

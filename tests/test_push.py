@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused_on_every_rank(at: Rank) -> None:
         ("rank 0: the logical dtype must be", TypeError, lambda: broadcast_(weight, torch.zeros(8, 384, 128).int())),
         ("rank 0: unknown scale_rule", ValueError, lambda: broadcast_(weight, values_of("w2"), scale_rule="up")),  # type: ignore[arg-type]
         (
-            "rank 0: place says that .8, 384, 128. experts, rows and columns are sent, found .4, 384, 128.",
+            "rank 0: this place is one of a part of shape .8, 384, 128., and the part has .4, 384, 128.",
             ValueError,
             lambda: broadcast_(weight, values_of("w2")[:4], place=make("w2").place),
         ),
@@ -247,6 +247,41 @@ def test_what_does_not_fit_is_refused_on_every_rank(at: Rank) -> None:
         broadcast_(make("w13") if rank else None, None if rank else values_of("w13"))
     expected = dense(*parts_of("w13" if rank else "w2"))
     assert torch.equal(weight.dequantize(torch.float64), expected)  # and nothing was written
+
+
+@on_ranks(2)
+def test_places_that_values_do_not_have_are_refused_on_every_rank(at: Rank) -> None:
+    """Packed values, too; before anything is written, and without a rank that waits for one that has raised."""
+    rank, weight = at.rank, make("w2")
+    place = weight.place
+    cases: list[tuple[Tensor, Place, str]] = [
+        (make("w2", salt=3)[:1].clone(), place._replace(experts=range(4)), "and the part has .1, 384, 128."),
+        (make("w2", salt=3)[:3].clone(), place._replace(experts=range(4)), "and the part has .3, 384, 128."),
+        (values_of("w2")[:4], place._replace(experts=range(6, 10)), "a part lies within experts, rows of each half"),
+        (values_of("w2")[..., :96], place._replace(columns=range(16, 112)), "columns in whole blocks of 32"),
+    ]
+    for values, where, message in cases:
+        with pytest.raises(ValueError, match=f"rank 0: .*{message}"):
+            broadcast_(weight, values if rank == 0 else None, place=where if rank == 0 else None)
+    for call in (
+        lambda: broadcast_(weight[:4], weight[4:] if rank == 0 else None),
+        lambda: broadcast_([weight, None], [make("w2"), weight] if rank == 0 else None),
+    ):
+        with pytest.raises(ValueError, match=r"rank 0: values lie in a weight that is written; clone\(\) them"):
+            call()
+    with pytest.raises(TypeError, match=r"rank 1: a ShuffledMXFP4Tensor is written, found Tensor"):
+        broadcast_(torch.zeros(SIZES["w2"]) if rank else weight)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rank 7 of 2 was to send 1 weights"):
+        broadcast_(weight, src=7)
+    assert torch.equal(weight.dequantize(torch.float64), dense(*parts_of("w2")))
+
+
+@on_ranks(2)
+def test_a_weight_under_another_name_is_its_own_source(at: Rank) -> None:
+    for other in (lambda w: w.data, lambda w: w.detach(), lambda w: w[:]):
+        weight = torch.nn.Parameter(make("w2", salt=at.rank))
+        broadcast_(weight, other(weight) if at.rank == 0 else None)
+        assert torch.equal(weight.dequantize(torch.float64), dense(*parts_of("w2")))
 
 
 @on_ranks(2, 4)

@@ -113,11 +113,16 @@ def _common(ranks: list[list[_Known]]) -> list[Layout]:
     """The layout of each weight. Raises ValueError, on every rank alike."""
     if len({len(rank) for rank in ranks}) > 1:
         raise ValueError(f"every rank must name as many weights, found {_by_rank([len(rank) for rank in ranks])}")
-    return [_layout_of(same) for same in zip(*ranks, strict=True)]
+    weights = [*zip(*ranks, strict=True)]
+    alike: dict[Any, Counter[str]] = {}
+    for same in weights:
+        alike.setdefault(same[0].sizes, Counter()).update(known.layout for known in same)
+    return [_layout_of(same, alike[same[0].sizes]) for same in weights]
 
 
-def _layout_of(same: Sequence[_Known]) -> Layout:
-    """Of one weight, as each rank knows it."""
+def _layout_of(same: Sequence[_Known], counts: Counter[str]) -> Layout:
+    """Of one weight, as each rank knows it, and how often each layout is among all of its sizes: engines receive every
+    layer into one buffer, made of the first."""
     name = same[0].name
     if len({known.name for known in same}) > 1:
         raise ValueError(f"ranks must name the same weights in one order, found {_by_rank([k.name for k in same])}")
@@ -143,7 +148,6 @@ def _layout_of(same: Sequence[_Known]) -> Layout:
         return fixed[0]
     if len(preferred) == 1:
         return find_layout(preferred.pop())  # type: ignore[arg-type]
-    counts = Counter(known.layout for known in same)
     # of several as common, a shuffled one, and the same on every rank
     return find_layout(min(counts, key=lambda layout: (-counts[layout], layout == "none", layout)))
 

@@ -176,6 +176,8 @@ class _Both(distributed_c10d.Work):
         super().__init__()
         self.works = works
         self.into = [weight._storage for weight in into]
+        for work in [work for work in self._pending if work.is_completed()]:  # for which nobody has waited
+            self._pending.discard(work)
         self._pending.add(self)
 
     def wait(self, *timeout: Any) -> bool:
@@ -233,6 +235,7 @@ def all_gather_into_tensor(self: ShuffledMXFP4Tensor, group_size: int, group_nam
         align=storage.geometry.align,
         requested_layout=storage.requested_layout,
     )
+    packed.validity.row_order = self.row_order or "contiguous"
     return self._like(packed)
 
 

@@ -104,7 +104,8 @@ def move_experts_(
         ValueError: as :func:`plan_moves`, :func:`agree_`, and for tensors of other numbers of slots.
         TypeError: another tensor that is neither plain nor a weight.
 
-    An exception on the way leaves the weights of this rank unusable until they are written whole.
+    An exception on the way leaves the weights of this rank unusable until they are written whole. What is wrong on one
+    rank alone raises there, before anything is sent, and the others wait for it until the group's timeout.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     moves, slots = plan_moves(old, new, world_size, ranks_per_node), len(old) // world_size
@@ -144,6 +145,9 @@ def move_experts_(
 
 def _check(weights: Sequence[Tensor], old: Sequence[int], new: Sequence[int]) -> None:
     """``old`` and ``new`` are this rank's."""
+    storages = [weight._storage for weight in weights if isinstance(weight, ShuffledMXFP4Tensor)]
+    if len({*map(id, storages)}) < len(storages):
+        raise ValueError("two of the weights are the same memory, which would move twice")
     for index, weight in enumerate(weights):
         if len(weight) != len(old):
             raise ValueError(f"weights[{index}] has {len(weight)} slots, and old names {len(old)} of each rank")
@@ -162,7 +166,7 @@ def _check(weights: Sequence[Tensor], old: Sequence[int], new: Sequence[int]) ->
             raise ValueError(
                 f"weights[{index}] holds the experts {list(parted.experts)} of its whole, and old says {list(old)}"
             )
-        if max(new) >= parted.shape[0]:
+        if min(new) < 0 or max(new) >= parted.shape[0]:
             raise ValueError(f"weights[{index}] is of a whole of {parted.shape[0]} experts, and new says {list(new)}")
 
 

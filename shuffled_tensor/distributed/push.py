@@ -132,17 +132,15 @@ class _Source(NamedTuple):
         device = (values if weight is None else weight).device.type
         if isinstance(values, ShuffledMXFP4Tensor):
             values._storage.check_readable()
-            return cls(values, _Side(place or _place_of(values), values.gate_up, device), False, scale_rule)
+            place = _checked(place, values._window.shape, 2 if values.gate_up else 1) or _place_of(values)
+            return cls(values, _Side(place, values.gate_up, device), False, scale_rule)
         row_order = row_order or (None if weight is None else weight.row_order)
         check_high_precision(values)
         mxfp4.check_quantizable(values, scale_rule)
         check_row_order(row_order is not None, row_order, values.shape[-2])
         values = values.detach() if values.dim() == 3 else values.detach().unsqueeze(0)
         halves = 1 if row_order is None else 2
-        place = place or Place.whole((*values.shape,), halves)
-        sizes = [len(place.experts), halves * len(place.rows), len(place.columns)]
-        if sizes != list(values.shape):
-            raise ValueError(f"place says that {sizes} experts, rows and columns are sent, found {list(values.shape)}")
+        place = _checked(place, (*values.shape,), halves) or Place.whole((*values.shape,), halves)
         return cls(values, _Side(place, row_order is not None, device), row_order == "interleaved", scale_rule)
 
     def read(self, first: int, message: tuple[Tensor, Tensor]) -> None:
@@ -175,6 +173,8 @@ def _push(
     scatter: bool,
 ) -> None:
     weights: list[ShuffledMXFP4Tensor | None] = list(weight) if isinstance(weight, (list, tuple)) else [weight]
+    if not weights or not 0 <= src < dist.get_world_size(group):
+        raise ValueError(f"rank {src} of {dist.get_world_size(group)} was to send {len(weights)} weights")
     own: list[tuple[_Side, _Side | None]] = []
     sources: list[_Source | None] = []
     try:
@@ -183,8 +183,11 @@ def _push(
         for one, data, where, order in zip(weights, *given, strict=True):
             side = _Side(None if one is None else _place_of(one), one is not None and one.gate_up)
             sends = dist.get_rank(group) == src
-            sources.append(_Source.of(one, data, where, order, scale_rule) if sends else None)
-            own.append((side, sources[-1] and sources[-1].side))
+            source = _Source.of(one, data, where, order, scale_rule) if sends else None
+            if source is not None:
+                _check_apart(source, one, weights)
+            sources.append(source)
+            own.append((side, source and source.side))
     except (TypeError, ValueError, RuntimeError) as error:  # every rank is told
         own = [(_Side(None, error=error), None)] * len(weights)
     ranks: list[list[tuple[_Side, _Side | None]]] = _told(own, group)
@@ -220,6 +223,24 @@ def _each(name: str, given: Any, count: int) -> Sequence[Any]:
     return given
 
 
+def _same(values: Tensor, weight: ShuffledMXFP4Tensor | None) -> bool:
+    """Whether they are the same experts of the same bytes."""
+    if weight is None or not isinstance(values, ShuffledMXFP4Tensor):
+        return False
+    return values._storage is weight._storage and values._window == weight._window
+
+
+def _check_apart(
+    source: _Source, weight: ShuffledMXFP4Tensor | None, weights: Sequence[ShuffledMXFP4Tensor | None]
+) -> None:
+    """Raise ValueError where values lie in a weight that is written before they are read."""
+    values = source.values
+    if isinstance(values, ShuffledMXFP4Tensor) and not _same(values, weight):
+        for one in weights:
+            if one is not None and one._storage is values._storage:
+                raise ValueError("values lie in a weight that is written; clone() them")
+
+
 class _Push(NamedTuple):
     """One weight's values, on their way in chunks."""
 
@@ -247,7 +268,7 @@ class _Push(NamedTuple):
         step = max(1, _CHUNK // max(1, size(place._replace(experts=(0,)), halves)))
         experts = place.experts
         chunks = [place._replace(experts=experts[first : first + step]) for first in range(0, len(experts), step)]
-        its_own = weight is None or (source is not None and source.values is weight)
+        its_own = source is not None and _same(source.values, weight)
         into = None if weight is None or its_own else overlap(place, _place_of(weight))
         return cls(weight, source, sides, halves, kind, step, chunks, into)
 
@@ -310,7 +331,18 @@ class _Message(NamedTuple):
     """What is on the wire besides."""
 
 
+def _checked(place: Place | None, shape: tuple[int, int, int], halves: int) -> Place | None:
+    """A place that is given, if one is; raises ValueError where values of this shape have another."""
+    if place is not None:
+        place.check(shape, halves)
+    return place
+
+
 def _place_of(weight: ShuffledMXFP4Tensor) -> Place:
+    if not isinstance(weight, ShuffledMXFP4Tensor):
+        raise TypeError(
+            f"a ShuffledMXFP4Tensor is written, found {type(weight).__name__}; of a DTensor, pass .to_local()"
+        )
     if weight.is_part_of_experts:
         raise ValueError("values are pushed from and into whole experts, found a view of rows or columns; clone() it")
     return weight.place

@@ -36,14 +36,14 @@ def sharded(state: Mapping[str, Any]) -> dict[str, Any]:
     any split to any other. Parts in DTensors of the size of the whole need no ``sharded``; weights that are no parts,
     and whatever else is in the dict, are left as they are.
     """
-    return {
-        name: sharded(value)
-        if isinstance(value, Mapping)
-        else _Sharded.of(value)
-        if isinstance(value, ShuffledMXFP4Tensor) and value.parted
-        else value
-        for name, value in state.items()
-    }
+    return {name: sharded(value) if isinstance(value, Mapping) else _standing(value) for name, value in state.items()}
+
+
+def _standing(value: Any) -> Any:
+    part = getattr(value, "_local_tensor", value)  # of a DTensor of parts, which has another size than the whole
+    if not isinstance(part, ShuffledMXFP4Tensor) or part.parted is None:
+        return value
+    return value if part is not value and value.shape == part.place.shape else _Sharded.of(part)
 
 
 class _Piece(NamedTuple):

@@ -272,6 +272,11 @@ def new_zeros(
     zeros.requested_layout, zeros.validity.row_order = storage.requested_layout, storage.row_order
     zeros.qdata.zero_()
     zeros.scale.fill_(SCALES.pad)
+    if self.parted is not None and _fsdp_asks(3):
+        comes_next = sys._getframe(2).f_locals.get("sharded_param")
+        if not isinstance(comes_next, ShuffledMXFP4Tensor):
+            raise NotImplementedError("fully_shard of this torch does not tell which experts of a part a rank keeps")
+        zeros.place = comes_next.place
     return self._like(zeros, dtype)
 
 

@@ -18,7 +18,7 @@ class Place(NamedTuple):
         shape: of the whole, ``[E, N, K]``; of one that has no experts dimension, ``[1, N, K]``.
         experts: which of its experts, in the order in which they lie here: a range, which a checkpoint holds as one
             piece; or a tuple, where they were listed, as by a rebalance. Then others may hold some of the same, and
-            each is a piece of its own; one may come twice.
+            each is a piece of its own; one may come twice. Where any expert is held twice, every rank lists its own.
         rows: which rows of each half, gate and up, or of the one there is.
         columns: which columns, in whole blocks of 32.
     """

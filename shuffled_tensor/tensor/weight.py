@@ -421,9 +421,10 @@ class ShuffledMXFP4Tensor(Wrapper):
         storage = self._storage
         if self._window != storage.whole():
             raise ValueError("a view lies where the tensor of which it is one does, whose place can be set")
-        halves = storage.geometry.halves
-        place.check(self._window.shape, halves)
-        storage.place = None if place == Place.whole(place.shape, halves) else place
+        if not isinstance(place.experts, range) or place.experts.step != 1:
+            place = place._replace(experts=tuple(whole_numbers("the experts of a place", place.experts)))
+        place.check(self._window.shape, storage.geometry.halves)
+        storage.place = place
 
     def permute_experts_(self, order: Sequence[int] | Tensor) -> ShuffledMXFP4Tensor:
         """Expert ``order[i]`` becomes expert ``i``, weight and scale together, in place, with one expert of scratch.

@@ -50,6 +50,8 @@ class TritonQuantizer(Quantizer):
             return False
         try:
             launch(values, qdata, scale, scale_rule)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no C compiler: found before a byte is written
             self._failed = True
             _log.warning("values are quantised without Triton, which failed: %s", error)
