@@ -107,8 +107,8 @@ def started(ranks: int, sections: list[str], progress: Path) -> Any:
 
 def main() -> int:
     ranks = ARGS.ranks or (torch.cuda.device_count() if GPU else 2)
-    where = f"{ranks} x {torch.cuda.get_device_name(0)}, NCCL" if GPU else f"{ranks} ranks on a CPU, gloo"
-    print(f"torch {torch.__version__}, {where}; w13 [{EXPERTS}, {2 * INTERMEDIATE}, {HIDDEN}]")
+    where = f"{torch.cuda.get_device_name(0)}, {ranks} ranks over NCCL" if GPU else f"cpu, {ranks} ranks over gloo"
+    print(f"torch {torch.__version__} on {where}; w13 [{EXPERTS}, {2 * INTERMEDIATE}, {HIDDEN}]")
     print(f"{'operation':64s} right        MiB        ms     GB/s    plain of plain", flush=True)
     left, wrong = ARGS.only or list(SECTIONS), 0
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import io
@@ -24,7 +25,7 @@ from safetensors.torch import save_file as plain_save_file
 from torch import Tensor, nn
 
 from shuffled_tensor import ShuffledMXFP4Tensor, refit
-from shuffled_tensor.checkpoint import CheckpointError, load_experts, load_file, save_file, writer
+from shuffled_tensor.checkpoint import CheckpointError, load_experts, load_file, save_file, source, writer
 from shuffled_tensor.checkpoint.source import Files
 
 from .support.bytes import weight_of
@@ -38,7 +39,7 @@ from .support.checkpoints import (
     snapshot,
     write_sharded,
 )
-from .support.judges import assert_holds
+from .support.judges import assert_holds, dense
 
 NAME = layer_name("quark")
 DENSE = make_dense(2, 64, 64)
@@ -828,3 +829,24 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         load_experts("openai/gpt-oss-20b")
     with pytest.raises(FileNotFoundError, match=r"no such file: missing/model.safetensors$"):
         load_experts("missing/model.safetensors")
+
+
+@pytest.mark.parametrize("filled", [-1, 0, 5, 2 * 32 + 5, 3 * 32])
+def test_rows_of_which_the_kernel_fills_some(filled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt, or a network's disk: what is missing is read row by row."""
+    path, preadv, asked = tmp_path / "model.safetensors", source._LIBC.preadv, []
+    plain_save_file(in_format("gpt-oss", DENSE, NAME), path)
+
+    class Some:
+        def preadv(self, file: int, vectors: int, count: int, offset: int) -> int:
+            asked.append(count)
+            whole_rows = max(filled, 0) // (ctypes.c_int64 * 2).from_address(vectors)[1]
+            if whole_rows:
+                preadv(file, vectors, whole_rows, offset)
+            return filled
+
+    monkeypatch.setattr(source, "_LIBC", Some())
+    loaded = load_experts(path, prefix=NAME)[NAME]
+    assert asked == 2 * 2 * [128]  # codes and scales of two experts, whose rows are of 32 bytes and of two
+    assert_holds(loaded.w2, DENSE.w2, "none")  # type: ignore[arg-type]
+    assert torch.equal(loaded.w13.dequantize(torch.float64), dense(*DENSE.w13))

@@ -38,6 +38,9 @@ __all__ = ["Experts", "load_experts", "load_file"]
 
 _log = logging.getLogger("shuffled_tensor")
 
+_SHARED = 2**20
+"""Bytes of an expert from which on threads share the work."""
+
 
 class Experts(NamedTuple):
     """One layer's weights, as :func:`shuffled_tensor.fused_moe` takes them; plain tensors where the checkpoint holds
@@ -295,15 +298,13 @@ def _write(weight: Weight, cut: _Cut, tensor: Tensor) -> None:
 
 def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range) -> None:
     """Read the file's bytes to where they belong, in several threads: a new tensor's pages are made while they are
-    written."""
-
+    written. Small experts are read by one, since threads would mostly wait for each other."""
     pairs = list(zip(experts, cut.experts, strict=True))
-    threads = torch.get_num_threads()
-    each = -(-len(pairs) // (4 * threads))
+    threads = torch.get_num_threads() if storage.qdata[:1].nbytes >= _SHARED else 1
 
-    def read(start: int) -> None:
+    def read(some: list[tuple[int, int]]) -> None:
         with torch.inference_mode(storage.qdata.is_inference()), torch.no_grad():
-            for own, expert in pairs[start : start + each]:
+            for own, expert in some:
                 parts = zip(PARTS, storage.select(range(own, own + 1)), strict=True)
                 rows = [storage.geometry.halves_of(part, data)[0] for part, data in parts]
                 for part, out in zip(PARTS, rows, strict=True):
@@ -311,15 +312,19 @@ def _read_into(weight: Weight, cut: _Cut, storage: PackedStorage, experts: range
                 if cut.is_some_experts(weight):
                     weight.check(expert, rows)
 
+    if threads == 1:
+        read(pairs)
+        return
+    each = -(-len(pairs) // (4 * threads))
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(read, range(0, len(pairs), each)):
+        for _ in pool.map(read, [pairs[first : first + each] for first in range(0, len(pairs), each)]):
             pass
 
 
 def _verify(weight: Weight, cut: _Cut) -> None:
     """Raise CheckpointError where the values of a part do not have the checksums that were noted of them."""
     if cut.whole:
-        weight.check_whole(lambda: weight.checksums().whole)
+        weight.check_whole(weight.checksum)
     elif cut.is_some_experts(weight):
         for expert in cut.experts:
             weight.check(expert, weight.expert(expert))

@@ -80,7 +80,7 @@ class Shard:
             written = manifest_weights(files) if self.entries else {}
             for name, weight in self.weights.items():
                 checksums[name] = written[name].checksums()
-                if checksums[name].whole != (weight.recorded or weight.checksums()).whole:
+                if checksums[name].whole != weight.expected:
                     raise CheckpointError(
                         f"{name} of {weight.files.path} is damaged, or was while it was written, or {partial} was "
                         "begun from another source; try again"

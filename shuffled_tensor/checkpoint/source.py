@@ -52,6 +52,15 @@ DTYPES = {
 INDEX = ".safetensors.index.json"
 """How the file ends that says which shard holds a tensor."""
 
+_ALL = slice(None)
+
+_VECTORS = 1024
+"""Pieces of memory that the kernel fills at a time, at most."""
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.preadv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+_LIBC.preadv.restype = ctypes.c_ssize_t
+
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What is raised by JSON that is none, and by looking into it for what is not there."""
 
@@ -226,9 +235,10 @@ class Files:
         Raises:
             CheckpointError: a dtype that torch does not have, or bytes that cannot be read.
         """
-        stored, dtype = self._tensors[name], self.dtype(name)
-        shape, start = self.shape(name), stored.start
+        dtype, shape, start = self.dtype(name), self.shape(name), self._tensors[name].start
         for place in index:
+            if place == _ALL:
+                continue
             row = dtype.itemsize * math.prod(shape[1:])
             if isinstance(place, int):
                 start, shape = start + range(shape[0])[place] * row, shape[1:]
@@ -241,6 +251,25 @@ class Files:
         assert data.nbytes == dtype.itemsize * math.prod(shape)
         self._fill(data, name, start)
         return data if direct or out is None else out.copy_(data.view(out.dtype).view(out.shape))
+
+    def read_rows(self, name: str, start: int, out: Tensor) -> None:
+        """Read some of a tensor's bytes, from ``start`` on, into rows that lie apart: ``out`` is uint8 ``[M, N, B]`` on
+        the CPU, and each row of it is contiguous.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        stored, (_, each, size) = self._tensors[name], out.shape
+        pairs = zip(out.shape[:2], out.stride()[:2], strict=True)
+        of_some, of_each = (torch.arange(count, device="cpu") * stride for count, stride in pairs)
+        places = (out.data_ptr() + of_some[:, None] + of_each).flatten()
+        vectors = torch.stack([places, torch.full_like(places, size)], 1)  # of struct iovec
+        for first in range(0, len(vectors), _VECTORS):
+            part = vectors[first : first + _VECTORS]
+            descriptor, where = self._open[stored.file].fileno(), stored.start + start + first * size
+            found = _LIBC.preadv(descriptor, part.data_ptr(), len(part), where)
+            for row in range(first + max(found, 0) // size, first + len(part)):  # what the kernel left, or why
+                self._fill(out[row // each, row % each], name, start=stored.start + start + row * size)
 
     def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
         """Some of a tensor's bytes, uint8, whatever its dtype.

@@ -90,6 +90,11 @@ class Weight:
             else:
                 columns = slice_of(span, self._packed(part))
                 out[0].copy_(self._rows(part, expert)[:, columns])
+        elif self.row_order == "interleaved" and self._packed(part) is not None:
+            stacked, row = (None, 0) in self.tensors[part], out.shape[-1]
+            start = 2 * row * (span.start + (self.intermediate * expert if stacked else 0))
+            name = self.tensors[part][None if stacked else expert, 0]
+            self.files.read_rows(name, start, out.transpose(0, 1))
         elif self.row_order == "interleaved":
             step = max(1, _CACHED // out[:, :1].nbytes)
             for start in range(0, len(span), step):
@@ -113,9 +118,18 @@ class Weight:
         parts = PARTS if self.quantized else PARTS[:1]
         return [self.read(part, expert, range(self.intermediate)) for part in parts]
 
-    def checksums(self) -> Checksums:
+    def checksum(self) -> str:
         """Of the logical value as it is stored."""
+        return checksum(self.shape, (part for expert in range(self.shape[0]) for part in self.expert(expert)))
+
+    def checksums(self) -> Checksums:
+        """The same, and each expert's."""
         return checksums(self.shape, map(self.expert, range(self.shape[0])))
+
+    @property
+    def expected(self) -> str:
+        """The checksum that a copy of it must have: the one that was noted, or that of what is stored."""
+        return self.checksum() if self.recorded is None else self.recorded.whole
 
     def check(self, expert: int, parts: Iterable[Tensor]) -> None:
         """Raise CheckpointError where one expert's values are not those that its checksum was noted of, if it was."""
