@@ -21,6 +21,7 @@ from shuffled_tensor.cli import main
 from shuffled_tensor.drawing import png
 from shuffled_tensor.rank_picture import rank_picture
 
+from .support.damage import flip
 from .support.layer import make_weight, weight_parts
 
 LAYER = "model.layers.0.mlp.experts"
@@ -44,15 +45,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_plain(deepseek(), tmp_path / "deepseek.safetensors")
     save_file({f"{LAYER}.w13_weight": make_weight("w13"), f"{LAYER}.w2_weight": make_weight("w2")}, "ours.safetensors")
     return tmp_path
-
-
-def flip(path: Path, tensor: str, value: int | None = None) -> None:
-    """Change the first byte of a tensor."""
-    data = bytearray(path.read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    start = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
-    data[start] = data[start] ^ 1 if value is None else value
-    path.write_bytes(data)
 
 
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from shuffled_tensor.checkpoint.shards import Shard
 from shuffled_tensor.checkpoint.source import Files, memory_of
 
 from .support.bytes import coded, moderate_scales
+from .support.damage import flip, flip_when_read
 from .support.judges import by_formula, dense
 from .support.layer import EXPERTS, HIDDEN, INTERMEDIATE, make_weight, weight_parts
 
@@ -190,7 +191,7 @@ def test_another_source_of_the_same_shapes(source: Path, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr(
-            Shard, "_compare", lambda shard, *_: {name: entry.checksums for name, entry in shard.entries.items()}
+            Shard, "_compare", lambda shard, *_: {name: entry.checksums for name, (_, entry) in shard.weights.items()}
         )
         with pytest.raises(KeyboardInterrupt):
             convert(source, destination)
@@ -232,15 +233,7 @@ def test_damage_on_the_way_is_found_when_it_is_read_back(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bit that flips in memory, once, between two reads of the source."""
-    fill, flipped = Files._fill, []
-
-    def flipping(self: Files, data: Tensor, tensor: str, start: int) -> None:
-        fill(self, data, tensor, start)
-        if tensor == name and not flipped:
-            flipped.append(tensor)
-            data.view(torch.uint8).view(-1)[0] ^= 1
-
-    monkeypatch.setattr(Files, "_fill", flipping)
+    flip_when_read(name, monkeypatch)
     with pytest.raises(CheckpointError, match="damaged"):
         convert(source, tmp_path / "converted.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.safetensors"]
@@ -250,11 +243,7 @@ def test_damage_on_the_way_is_found_when_it_is_read_back(
 def test_a_source_that_is_not_what_its_manifest_says(source: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     convert(source, first, layout="mxfp4_moe")
-    data = bytearray(first.read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    start, _ = json.loads(data[8 : 8 + length])[f"{LAYER}.experts.w13_weight.qdata"]["data_offsets"]
-    data[8 + length + start] ^= 1
-    first.write_bytes(data)
+    flip(first, f"{LAYER}.experts.w13_weight.qdata")
     with pytest.raises(CheckpointError, match=r"experts\.w13_weight of .*first.safetensors is damaged"):
         convert(first, second)
     assert not second.exists()

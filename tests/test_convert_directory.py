@@ -23,6 +23,7 @@ from shuffled_tensor.cli import main
 
 from .support.bytes import weight_of
 from .support.checkpoints import in_format, layer_name, make_dense, others, store, write_sharded
+from .support.damage import flip, flip_when_read
 from .support.judges import dense
 
 LAYERS = {layer_name("quark", layer): make_dense(4, 96, 64, salt=layer) for layer in (3, 10)}
@@ -58,17 +59,6 @@ def plain(folder: Path) -> dict[str, Tensor]:
 
 def checksums(path: Path) -> dict[str, str]:
     return {finding.name: finding.checksum for finding in inspect(path, read=True)}
-
-
-def flip(folder: Path, name: str) -> None:
-    """The first byte of a tensor."""
-    for path in folder.glob("*.safetensors"):
-        data = bytearray(path.read_bytes())
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:end])
-        if name in header:
-            data[end + header[name]["data_offsets"][0]] ^= 1
-            path.write_bytes(data)
 
 
 def assert_is_the_model(folder: Path) -> None:
@@ -272,15 +262,7 @@ def test_damage_on_the_way(
     name: str, layout: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bit that flips in memory, once, between two reads of the source; nothing is left."""
-    fill, flipped = Files._fill, []
-
-    def flipping(self: Files, data: Tensor, tensor: str, start: int) -> None:
-        fill(self, data, tensor, start)
-        if tensor == name and not flipped:
-            flipped.append(tensor)
-            data.view(torch.uint8).view(-1)[0] ^= 1
-
-    monkeypatch.setattr(Files, "_fill", flipping)
+    flip_when_read(name, monkeypatch)
     with pytest.raises(CheckpointError, match="damaged"):
         convert(source, tmp_path / "converted", layout=layout)
     assert not (tmp_path / "converted").exists()

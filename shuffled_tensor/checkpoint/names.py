@@ -351,8 +351,10 @@ def formats_in(files: Files, prefix: str = "") -> dict[str, str]:
                 if name.removesuffix(codes) + scales in files:
                     beside[format] = name
                     break
-    # without scales, the first of those that call codes alike will do
-    return beside or {format: name for name, format in reversed({v: k for k, v in reversed(examples.items())}.items())}
+    first: dict[str, str] = {}  # without scales, the first of those that call codes alike will do
+    for format, name in examples.items():
+        first.setdefault(name, format)
+    return beside or {format: name for name, format in first.items()}
 
 
 def _among(files: Files, prefix: str) -> str:

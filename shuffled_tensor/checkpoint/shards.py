@@ -27,10 +27,8 @@ class Shard:
     """What one file is to hold."""
 
     metadata: dict[str, str] = field(default_factory=dict)
-    entries: dict[str, manifest.Entry] = field(default_factory=dict)
-    """Of the packed weights under our names, with checksums that nobody has made yet."""
-    weights: dict[str, Weight] = field(default_factory=dict)
-    """Where these are read from."""
+    weights: dict[str, tuple[Weight, manifest.Entry]] = field(default_factory=dict)
+    """The packed ones under our names: where each is read from, and its entry, without checksums yet."""
     parts: dict[str, Pieces] = field(default_factory=dict)
     """All that is written, these weights' parts too."""
     compared_later: set[str] = field(default_factory=set)
@@ -47,7 +45,7 @@ class Shard:
             CheckpointError: what was written is not what was read.
             OSError: it cannot be written.
         """
-        begun = self._metadata({name: _none(weight) for name, weight in self.weights.items()})
+        begun = self._metadata({name: entry.checksums for name, (_, entry) in self.weights.items()})
         write_file(
             path,
             self.parts,
@@ -70,15 +68,15 @@ class Shard:
             raise
 
     def _metadata(self, checksums: Mapping[str, Checksums]) -> dict[str, str]:
-        entries = {name: entry._replace(checksums=checksums[name]) for name, entry in self.entries.items()}
+        entries = {name: entry._replace(checksums=checksums[name]) for name, (_, entry) in self.weights.items()}
         return {"format": "pt", **self.metadata, **(manifest.dump(entries) if entries else {})}
 
     def _compare(self, partial: Path, compared: Callable[[int], object]) -> dict[str, Checksums]:
         """The checksums of the weights as they were written, which are those of what was read."""
         checksums = {}
         with Files(partial) as files:
-            written = manifest_weights(files) if self.entries else {}
-            for name, weight in self.weights.items():
+            written = manifest_weights(files) if self.weights else {}
+            for name, (weight, _) in self.weights.items():
                 checksums[name] = written[name].checksums()
                 if checksums[name].whole != weight.expected:
                     raise CheckpointError(
@@ -113,8 +111,8 @@ def under_our_names(
         shard = shards[file_of(next(iter(weight.names())))]
         before = set(shard.parts)
         if weight.quantized:
-            shard.weights[weight.name] = weight
-            shard.entries[weight.name] = entry = _entry(weight, layout)
+            entry = _entry(weight, layout)
+            shard.weights[weight.name] = weight, entry
             shard.parts |= {f"{weight.name}.{part}": _packed(weight, part, entry) for part in PARTS}
         else:
             shard.parts[weight.name] = _plain(weight, CODES, weight.shape, weight.dtype)
@@ -164,14 +162,11 @@ def _packed(weight: Weight, part: Part, entry: manifest.Entry) -> Pieces:
 
 def _entry(weight: Weight, layout: Layout) -> manifest.Entry:
     """What the manifest will say of a weight; the layout that it was made for stays, and so does how it is padded."""
+    # what stands in a partial file until everything in it was read back
+    none = Checksums("0" * 64, ("0" * DIGITS,) * weight.shape[0])
     if weight.entry is not None:
-        return weight.entry._replace(layout=layout, checksums=_none(weight))
-    return manifest.Entry(layout, weight.gate_up, weight.shape, weight.dtype, None, _none(weight))
-
-
-def _none(weight: Weight) -> Checksums:
-    """What stands in a partial file until everything in it was read back."""
-    return Checksums("0" * 64, ("0" * DIGITS,) * weight.shape[0])
+        return weight.entry._replace(layout=layout, checksums=none)
+    return manifest.Entry(layout, weight.gate_up, weight.shape, weight.dtype, None, none)
 
 
 def _plain(weight: Weight, part: Part | str, shape: tuple[int, ...], dtype: torch.dtype) -> Pieces:

@@ -15,6 +15,7 @@ __all__ = [
     "PLAIN",
     "PTX",
     "bf16_of_words",
+    "exponent_of",
     "fp4_values",
     "powers_of_two",
     "to_mxfp4_and_back",
@@ -146,10 +147,9 @@ def fp4_values(codes):
 
 
 @triton.jit
-def to_mxfp4_and_back(values, RULE: tl.constexpr):
-    """float32 ``[..., 32]``, rounded to MXFP4 and back, as :func:`shuffled_tensor.quantize` does it."""
-    magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    amax = tl.max(magnitude, -1, keep_dims=True)
+def exponent_of(amax, RULE: tl.constexpr):
+    """A block's e8m0 scale, from the bits of its largest float32 magnitude, by a row of
+    :data:`shuffled_tensor.mxfp4.SCALE_RULES`; 254 at most, whatever is not finite."""
     if RULE == "floor":
         exponent = (amax >> 23) - 2
     elif RULE == "even":
@@ -159,7 +159,15 @@ def to_mxfp4_and_back(values, RULE: tl.constexpr):
     else:
         tl.static_assert(RULE == "amax4")
         exponent = ((amax + 0x400000) >> 23) - 2
-    exponent = tl.minimum(tl.maximum(exponent, 0), 254)
+    return tl.minimum(tl.maximum(exponent, 0), 254)
+
+
+@triton.jit
+def to_mxfp4_and_back(values, RULE: tl.constexpr):
+    """float32 ``[..., 32]``, rounded to MXFP4 and back, as :func:`shuffled_tensor.quantize` does it."""
+    magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    amax = tl.max(magnitude, -1, keep_dims=True)
+    exponent = exponent_of(amax, RULE)
     scaled = tl.abs(values) * powers_of_two(254 - exponent)
     step = tl.where(scaled < 2, 0.5, tl.where(scaled < 4, 1.0, 2.0))
     # 1.5 * 2**23: a sum with it has no bits for fractions, so the addition rounds, ties to even

@@ -8,6 +8,8 @@ flush subnormal numbers.
 import triton
 import triton.language as tl
 
+from shuffled_tensor.backends.triton.numbers import exponent_of
+
 __all__ = ["quantize"]
 
 _NORMAL: tl.constexpr = tl.constexpr(1 << 23)  # bits of float32: of the smallest normal number
@@ -44,16 +46,7 @@ def quantize(Values, Codes, Scales, blocks, RULE: tl.constexpr, BOUNDARIES: tl.c
         words = tl.load(Values + pair, mask=inside, other=0)
         even, odd = words << 16, words & -65536
     amax = tl.max(tl.maximum(even & 0x7FFFFFFF, odd & 0x7FFFFFFF), 1, keep_dims=True)
-    if RULE == "floor":
-        exponent = (amax >> 23) - 2
-    elif RULE == "even":
-        exponent = ((amax + 0x200000) >> 23) - 2
-    elif RULE == "round_up":
-        exponent = tl.maximum(((amax + 0x3FFFFF) >> 23) - 2, (amax > 2).to(tl.int32))
-    else:
-        tl.static_assert(RULE == "amax4")
-        exponent = ((amax + 0x400000) >> 23) - 2
-    exponent = tl.minimum(tl.maximum(exponent, 0), 254)
+    exponent = exponent_of(amax, RULE)
     tl.store(Scales + block, tl.where(amax < _INFINITY, exponent, 255).to(tl.uint8), mask=inside)
     if tl.min(exponent) < _SUBNORMAL:
         of_even, of_odd = _scaled(even & 0x7FFFFFFF, exponent), _scaled(odd & 0x7FFFFFFF, exponent)
